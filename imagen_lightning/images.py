@@ -1,0 +1,106 @@
+"""The one resize, value ranges, grids.
+
+Inside a stage images are float in [-1, 1]; at the loader and in files they are uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (…, H, W) in [0, 255] to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] (values beyond are clamped) to uint8, rounded to nearest."""
+    return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def downsample(images: Tensor, size: int) -> Tensor:
+    """Antialiased area resize of float (B, C, H, W) to (B, C, size, size), for size at most H and W.
+
+    The one filter by which low-resolution images are made, in training and in evaluation: each output pixel is the mean
+    of the input area that it covers.
+    """
+    if images.shape[-1] == size and images.shape[-2] == size:
+        return images
+    if size > min(images.shape[-2:]):
+        raise ValueError(f"downsample to {size} px asked of {tuple(images.shape[-2:])} px images; use upsample")
+    return F.interpolate(images, size=(size, size), mode="area")
+
+
+def upsample(images: Tensor, size: int) -> Tensor:
+    """Bilinear resize of float (B, C, H, W) to (B, C, size, size), half-pixel centres."""
+    if images.shape[-1] == size and images.shape[-2] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One uint8 (3, H, W) tensor to a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy(), "RGB")
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """One RGB PIL image to uint8 (3, H, W)."""
+    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def grid(
+    rows: Sequence[Sequence[Tensor]], captions: Sequence[str] | None = None, *, cell: int | None = None, gap: int = 4
+) -> Image.Image:
+    """Lays uint8 (3, H, W) images out in rows on white; `captions`, one a cell in reading order, stand under them.
+
+    Args:
+        rows: the images, row by row; rows may differ in length.
+        captions: texts, wrapped to the cell's width and cut after four lines.
+        cell: side of a cell in pixels; smaller images are enlarged by nearest neighbour. Default: the largest image.
+        gap: pixels between cells.
+    """
+    cell = cell or max(max(image.shape[-2:]) for row in rows for image in row)
+    font = ImageFont.load_default(size=max(10, min(13, cell // 10)))
+    line_height = font.size + 3
+    lines = [_wrap(caption, font, cell)[:4] for caption in captions] if captions is not None else []
+    text_height = max((len(item) for item in lines), default=0) * line_height
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap + text_height) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    number = 0
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            x, y = gap + c * (cell + gap), gap + r * (cell + gap + text_height)
+            picture = to_pil(image)
+            if picture.size != (cell, cell):
+                picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(picture, (x, y))
+            if number < len(lines):
+                draw.multiline_text((x, y + cell + 1), "\n".join(lines[number]), fill="black", font=font, spacing=3)
+            number += 1
+    return canvas
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] = f"{lines[-1]} {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)

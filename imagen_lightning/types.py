@@ -1,0 +1,144 @@
+"""What passes between the parts: batches, text, conditioning, and the protocols of networks' users.
+
+Shapes: B images, C = 3 channels, H x W pixels, L text tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """What a person gave cannot be used: one line that names the value and the mend.
+
+    The command line prints the line and ends with exit code 2; any other error shows its traceback.
+    """
+
+
+class _Movable:
+    """Gives a dataclass of tensors the `.to` and `.pin_memory` that Lightning and DataLoader call."""
+
+    def _map(self, change: Callable[[Any], Any]) -> Any:
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})  # type: ignore[type-var,arg-type]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves every tensor as `Tensor.to` does; dtypes given here reach floating tensors only."""
+
+        def change(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                moved = value.to(*args, **kwargs)
+                return moved if value.is_floating_point() else moved.to(value.dtype)
+            return value.to(*args, **kwargs) if isinstance(value, _Movable) else value
+
+        return self._map(change)
+
+    def pin_memory(self) -> Any:
+        return self._map(lambda value: value.pin_memory() if hasattr(value, "pin_memory") else value)
+
+
+@dataclass
+class Text(_Movable):
+    """Encoded captions.
+
+    Attributes:
+        states: (B, L, D) float, one state a token.
+        mask: (B, L) bool, True where a token is real; None attends to every token.
+        pooled: (B, D) float, one vector a caption (the masked mean of the states).
+    """
+
+    states: Tensor
+    mask: Tensor | None
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass
+class Batch(_Movable):
+    """One batch of captioned images.
+
+    Attributes:
+        images: (B, 3, H, W) uint8.
+        captions: B strings.
+        keys: B strings that name the samples in their source.
+        positions: (B,) int64, each sample's number in the run's consumed order; randomness in training derives from it.
+        text: the captions' stored states, or None where the stage encodes them.
+    """
+
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+    positions: Tensor
+    text: Text | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass
+class Conditioning(_Movable):
+    """What a network is told beside the noisy image and the time.
+
+    Attributes:
+        text: encoded captions, or None.
+        low_res: (B, 3, H, W) in [-1, 1], the upsampled (and noised) low-resolution image of a super-resolution stage.
+        aug_level: (B,) in [0, 1], the level at which low_res was noised.
+        key_values: text keys and values that a network computed once for a whole sampling run, by layer name.
+    """
+
+    text: Text | None = None
+    low_res: Tensor | None = None
+    aug_level: Tensor | None = None
+    key_values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Denoised(NamedTuple):
+    """A network's answer where a sampler needs the variance: x0 (B, C, H, W) and variance of the reverse step."""
+
+    x0: Tensor
+    variance: Tensor
+
+
+class Schedule(Protocol):
+    """x_t = alpha(t) x_0 + sigma(t) epsilon, t in [0, 1], 0 is data and 1 is noise."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def log_snr(self, t: Tensor) -> Tensor: ...
+    def network_time(self, t: Tensor) -> Tensor: ...
+
+
+class Denoiser(Protocol):
+    """x_t (B, C, H, W) and t (B,) in [0, 1] to the estimate of x0, in [-1, 1]."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+
+Generator = torch.Generator | Sequence[torch.Generator]
+
+
+class Sampler(Protocol):
+    """Walks from noise x at times[0] down the n+1 decreasing times and returns x at times[-1]."""
+
+    def __call__(
+        self, denoise: Denoiser, x: Tensor, times: Tensor, *, schedule: Schedule, generator: Generator | None = None
+    ) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """A frozen encoder: captions to Text, without gradients, on `device`.
+
+    `name` identifies the encoder (its hub name or the settings that make it), `dim` is D, `max_tokens` the largest L.
+    """
+
+    name: str
+    dim: int
+    max_tokens: int
+
+    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Text: ...
