@@ -1,0 +1,10 @@
+"""Text encoders: frozen ones (`TinyTextEncoder`, `T5TextEncoder`) and a trainable one over their states.
+
+Importing this package does not import transformers; `T5TextEncoder` does when it is first used.
+"""
+
+from imagen_lightning.text.common import masked_mean
+from imagen_lightning.text.tiny import TinyTextEncoder
+from imagen_lightning.text.transformer import TransformerEncoder
+
+__all__ = ["TinyTextEncoder", "TransformerEncoder", "masked_mean"]
