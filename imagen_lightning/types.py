@@ -131,6 +131,12 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
+class Spacing(Protocol):
+    """num_steps + 1 decreasing times in [0, 1], float64, the last 0."""
+
+    def __call__(self, num_steps: int, schedule: Schedule) -> Tensor: ...
+
+
 class TextEncoder(Protocol):
     """A frozen encoder: captions to Text, without gradients, on `device`.
 

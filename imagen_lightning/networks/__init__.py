@@ -1,0 +1,6 @@
+"""Networks: `network(x_t, time, conditioning) -> output`."""
+
+from imagen_lightning.networks.efficient_unet import EfficientUNet
+from imagen_lightning.networks.unet import UNet
+
+__all__ = ["EfficientUNet", "UNet"]

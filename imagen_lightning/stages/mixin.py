@@ -1,0 +1,270 @@
+"""What every stage does: one training step, one validation step, sampling, optimizers.
+
+The mixin is stateless: a stage sets `network`, `process`, `text`, `sampling` and the rest in its `__init__`, and says how a batch becomes images and conditioning (`condition`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+from imagen_lightning.components import build, describe_args
+from imagen_lightning.diffusion import DiffusionProcess, guide, threshold
+from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
+from imagen_lightning.samplers.common import noise_like
+from imagen_lightning.stages.settings import Execution, Optimization, Sampling, TextSettings
+from imagen_lightning.text.batching import join_texts, replace_texts
+from imagen_lightning.types import Batch, Conditioning, Denoiser, InputError, Sampler, Text
+
+VALIDATION_SEED = 0  # validation noise is the same in every run, whatever its seed, so that two runs compare
+
+
+@dataclass
+class StepRecord:
+    """What the last step saw, for callbacks: keys, and (B,) times, losses and augmentation levels (or None)."""
+
+    keys: list[str]
+    times: Tensor
+    losses: Tensor
+    aug_level: Tensor | None
+
+
+class DiffusionMixin:
+    """Training, validation and sampling of one stage of a cascade."""
+
+    image_size: int
+    network: nn.Module
+    text: TextSettings
+    text_network: nn.Module | None
+    seed: int
+    process: DiffusionProcess
+    sampling: Sampling
+    optimization: Optimization
+    execution: Execution
+    record: StepRecord | None
+
+    def prepare(self) -> None:
+        """Checks that the parts fit and readies the network; a stage calls it at the end of its `__init__`."""
+        wanted = getattr(self.network, "text_dim", None)
+        if wanted != self.text.dim:
+            raise InputError(f"the network's text_dim is {wanted}; the text it is given has {self.text.dim} features")
+        self.text_network = self.text.network
+        if self.text.null == "learned" and self.text.encoder is not None:
+            self.null_embedding = nn.Parameter(0.02 * torch.randn(self.text.encoder.dim))
+        if self.execution.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.execution.compile:
+            self.network.compile()
+        self.record = None
+
+    # ---- training
+
+    def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
+        """The images x0 in [-1, 1] and what the network is told about them; the one thing that differs between stages."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x0, conditioning = self.condition(batch, self.seed, training=True)
+        losses, times = self.diffusion_loss(x0, conditioning, batch.positions, self.seed)
+        self.record = StepRecord(batch.keys, times, losses.detach(), conditioning.aug_level)
+        loss = losses.mean()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))  # type: ignore[attr-defined]
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        x0, conditioning = self.condition(batch, VALIDATION_SEED, training=False)
+        losses, times = self.diffusion_loss(x0, conditioning, batch.positions, VALIDATION_SEED)
+        self.record = StepRecord(batch.keys, times, losses, conditioning.aug_level)
+        self.log("val/loss", losses.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)  # type: ignore[attr-defined]
+
+    def diffusion_loss(
+        self, x0: Tensor, conditioning: Conditioning, positions: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) losses and the (B,) times they were taken at; noise and times derive from (seed, position)."""
+        t = spread_uniform(seed, Stream.TIME, positions)
+        epsilon = normal(seed, Stream.NOISE, positions, tuple(x0.shape[1:]))
+        x_t = self.process.add_noise(x0, epsilon, t)
+        output = self.predict(x_t, t, conditioning)
+        return self.process.losses(output, x0, epsilon, t), t
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output at times t (B,) in [0, 1]."""
+        return self.network(x_t, self.process.schedule.network_time(t), conditioning)
+
+    # ---- text
+
+    def text_of(self, batch: Batch, seed: int, training: bool) -> Text | None:
+        """The batch's text as the network takes it; in training a share `text_drop` of the captions is replaced by null."""
+        if self.text.encoder is None:
+            return None
+        text = batch.text if batch.text is not None else self.text.encoder(batch.captions, batch.images.device)
+        if training and self.text.drop > 0:
+            dropped = uniform(seed, Stream.TEXT_DROP, batch.positions) < self.text.drop
+            text = replace_texts(text, self.null(text.states.device), dropped)
+        return self.text_network(text) if self.text_network is not None else text
+
+    def null(self, device: torch.device) -> Text:
+        """The text of no caption, for one image: zero, learned, or the empty caption's."""
+        assert self.text.encoder is not None
+        if self.text.null == "empty_caption":
+            return self.text.encoder([""], device)
+        if self.text.null == "learned":
+            vector = self.null_embedding[None]  # type: ignore[attr-defined]
+        else:
+            vector = torch.zeros(1, self.text.encoder.dim, device=device)
+        return Text(vector[:, None], torch.ones(1, 1, dtype=torch.bool, device=device), vector)
+
+    # ---- sampling
+
+    def denoiser(
+        self,
+        captions: Sequence[str],
+        *,
+        guidance: float,
+        low_res: Tensor | None = None,
+        aug_level: Tensor | None = None,
+        negative: Sequence[str] | None = None,
+    ) -> Denoiser:
+        """`denoise(x_t, t)` bound to B captions (and low-res images): guided and thresholded, text encoded once.
+
+        Args:
+            captions: B strings.
+            guidance: classifier-free guidance weight; 1 takes one pass of B images a step, any other one pass of 2B.
+            low_res: (B, 3, H, W) the conditioning image, upsampled and noised, for super-resolution.
+            aug_level: (B,) the level at which it was noised.
+            negative: B captions that take the place of the null text.
+        """
+        device = next(self.network.parameters()).device
+        text = None
+        guided = guidance != 1.0 and self.text.encoder is not None
+        if self.text.encoder is not None:
+            text = self.text.encoder(captions, device)
+            if guided:
+                null = self.null(device)
+                count = len(captions)
+                everyone = torch.ones(count, dtype=torch.bool, device=device)
+                without = self.text.encoder(negative, device) if negative else replace_texts(text, null, everyone)
+                text = join_texts(text, without)
+            text = self.text_network(text) if self.text_network is not None else text
+        if guided:
+            low_res = torch.cat([low_res, low_res]) if low_res is not None else None
+            aug_level = torch.cat([aug_level, aug_level]) if aug_level is not None else None
+        conditioning = Conditioning(text, low_res, aug_level)
+        if hasattr(self.network, "precompute"):
+            conditioning = self.network.precompute(conditioning)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.process.x0(self.predict(x_t, t, conditioning), x_t, t)
+
+        bound: Denoiser = guide(denoise, guidance) if guided else denoise
+        return threshold(bound, self.sampling.thresholding) if self.sampling.thresholding is not None else bound
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        generators: Sequence[torch.Generator],
+        *,
+        guidance: float | None = None,
+        num_steps: int | None = None,
+        sampler: Sampler | None = None,
+        low_res: Tensor | None = None,
+        aug_level: float | None = None,
+        negative: Sequence[str] | None = None,
+        on_step: Any = None,
+    ) -> Tensor:
+        """Draws one image a caption: (B, 3, image_size, image_size) in [-1, 1].
+
+        Args:
+            captions: B strings.
+            generators: one an image; all of an image's noise comes from its own.
+            guidance, num_steps, sampler: default to the stage's `sampling`.
+            low_res: (B, 3, h, w) in [-1, 1] at the stage's low_res_size; super-resolution only.
+            aug_level: in [0, 1], noise put on low_res; super-resolution only.
+            negative: B captions to steer away from.
+            on_step: called with no argument after each network evaluation.
+        """
+        network = self.network
+        was_training = network.training
+        self.eval()  # type: ignore[attr-defined]
+        try:
+            device = next(network.parameters()).device
+            shape = (len(captions), 3, self.image_size, self.image_size)
+            x = noise_like(torch.empty(shape, device=device), generators)
+            low_res, level = self.prepare_low_res(low_res, aug_level, generators, device)
+            denoise = self.denoiser(
+                captions,
+                guidance=self.sampling.guidance if guidance is None else guidance,
+                low_res=low_res,
+                aug_level=level,
+                negative=negative,
+            )
+            times = self.sampling.spacing(num_steps or self.sampling.num_steps, self.process.schedule)
+
+            def counted(x_t: Tensor, t: Tensor) -> Tensor:
+                result = denoise(x_t, t)
+                if on_step is not None:
+                    on_step()
+                return result
+
+            run = sampler or self.sampling.sampler
+            return run(counted, x, times, schedule=self.process.schedule, generator=generators)
+        finally:
+            self.train(was_training)  # type: ignore[attr-defined]
+
+    def prepare_low_res(
+        self,
+        low_res: Tensor | None,
+        aug_level: float | None,
+        generators: Sequence[torch.Generator],
+        device: torch.device,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The conditioning image and its level as the network takes them; (None, None) for a base stage."""
+        if low_res is not None or aug_level is not None:
+            raise InputError(f"{type(self).__name__} takes no low_res image and no aug_level; drop them")
+        return None, None
+
+    # ---- Lightning
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.optimization
+        parameters = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        optimizer = settings.optimizer(parameters)
+        # Not trainer.estimated_stepping_batches: reading it drops the loader's state (Lightning #20550).
+        total = self.trainer.max_steps  # type: ignore[attr-defined]
+        if settings.lr_schedule == "cosine" and total <= settings.warmup_steps:
+            raise InputError(
+                f"lr_schedule 'cosine' needs trainer.max_steps above warmup_steps {settings.warmup_steps}, got {total}"
+            )
+
+        def factor(step: int) -> float:
+            if step < settings.warmup_steps:
+                return (step + 1) / settings.warmup_steps
+            if settings.lr_schedule == "constant":
+                return 1.0
+            progress = min((step - settings.warmup_steps) / (total - settings.warmup_steps), 1.0)
+            end = settings.final_lr_share
+            return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain data from which `load_from_checkpoint` and Cascade.from_checkpoints rebuild the stage, LightningCLI or not.
+        checkpoint["hyper_parameters"] = {**self.hyperparameters(), "_instantiator": f"{__name__}.instantiate"}
+        checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The stage's arguments as plain data, without those that only training uses."""
+        return describe_args(self, skip=("optimization",))
+
+
+def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
+    """What `load_from_checkpoint` makes a stage with."""
+    return cls(**{name: build(value) for name, value in arguments.items()})

@@ -1,0 +1,138 @@
+"""The groups of settings that every stage shares; each is a plain section of a stage's YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from imagen_lightning.diffusion import (
+    CosineSchedule,
+    DiffusionProcess,
+    Parametrization,
+    Plain,
+    StaticThresholding,
+    Thresholding,
+    V,
+    Weighting,
+)
+from imagen_lightning.samplers import DDIM, UniformTimes
+from imagen_lightning.types import InputError, Sampler, Schedule, Spacing, TextEncoder
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@dataclass
+class Diffusion:
+    """The forward process and what is learnt from it.
+
+    Attributes:
+        schedule: alpha and sigma over time.
+        parametrization: what the network predicts.
+        weighting: how much each noise level counts in the loss.
+    """
+
+    schedule: Schedule = field(default_factory=CosineSchedule)
+    parametrization: Parametrization = field(default_factory=V)
+    weighting: Weighting = field(default_factory=Plain)
+
+    def process(self) -> DiffusionProcess:
+        return DiffusionProcess(self.schedule, self.parametrization, self.weighting)
+
+
+@dataclass
+class TextSettings:
+    """How captions reach the network.
+
+    Attributes:
+        encoder: frozen; no submodule of the stage, so that neither checkpoints nor the EMA hold it. Null for an
+            unconditional stage.
+        network: trained with the stage over the encoder's states, e.g. a TransformerEncoder.
+        drop: share of the captions replaced by the null text in training, per sample.
+        null: the text of no caption: "zero" (Imagen), "learned", or "empty_caption" (DeepFloyd IF).
+    """
+
+    encoder: TextEncoder | None = None
+    network: nn.Module | None = None
+    drop: float = 0.1
+    null: str = "zero"
+
+    def __post_init__(self) -> None:
+        if self.null not in ("zero", "learned", "empty_caption"):
+            raise InputError(f"null text {self.null!r} is unknown; use 'zero', 'learned' or 'empty_caption'")
+        if not 0 <= self.drop <= 1:
+            raise InputError(f"text drop {self.drop} must be in [0, 1]")
+        if self.network is not None and self.encoder is not None and self.network.input_dim != self.encoder.dim:
+            raise InputError(
+                f"text network's input_dim is {self.network.input_dim}; text encoder {self.encoder.name} gives "
+                f"{self.encoder.dim} features"
+            )
+
+    @property
+    def dim(self) -> int | None:
+        """D of the text that the stage's network sees, None for no text."""
+        if self.encoder is None:
+            return None
+        return self.network.dim if self.network is not None else self.encoder.dim  # type: ignore[return-value]
+
+
+@dataclass
+class Execution:
+    """How the network runs.
+
+    Attributes:
+        channels_last: keep its weights and images channels-last in memory.
+        compile: run it through torch.compile; the first step then takes a minute or more.
+    """
+
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass
+class Sampling:
+    """How the stage is sampled where nothing else is asked for; kept in the cascade's manifest.
+
+    Attributes:
+        sampler: the algorithm.
+        num_steps: network evaluations an image.
+        guidance: classifier-free guidance weight, 1 for none.
+        thresholding: what keeps x0 in range at each step; null for nothing.
+        spacing: where along the time the steps lie.
+    """
+
+    sampler: Sampler = field(default_factory=DDIM)
+    num_steps: int = 50
+    guidance: float = 3.0
+    thresholding: Thresholding | None = field(default_factory=StaticThresholding)
+    spacing: Spacing = field(default_factory=UniformTimes)
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise InputError(f"sampling num_steps {self.num_steps} must be at least 1")
+
+
+@dataclass
+class Optimization:
+    """How the stage is trained; no part of a cascade.
+
+    Attributes:
+        optimizer: any torch optimizer by class_path, e.g. torch.optim.AdamW or torch.optim.Adafactor.
+        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        lr_schedule: "constant", or "cosine" down to `final_lr_share` at the trainer's max_steps.
+        final_lr_share: the share of the learning rate that a cosine schedule ends at.
+    """
+
+    optimizer: OptimizerFactory = torch.optim.AdamW
+    warmup_steps: int = 0
+    lr_schedule: str = "constant"
+    final_lr_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
+        if self.warmup_steps < 0:
+            raise InputError(f"warmup_steps {self.warmup_steps} must not be negative")
