@@ -121,9 +121,3 @@ def test_is_a_component_and_copies():
 def test_bad_arguments(arguments):
     with pytest.raises(InputError, match="at least 1"):
         TinyTextEncoder(**arguments)
-
-
-def test_import_is_light():
-    code = "import sys, imagen_lightning.text; print('transformers' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "False"
