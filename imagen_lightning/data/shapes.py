@@ -21,7 +21,7 @@ from imagen_lightning.types import InputError
 
 CANVAS = 64
 
-# Pairwise at least 107/255 apart in RGB, backgrounds included.
+# Pairwise at least 112/255 apart in RGB, backgrounds included.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 0, 0),
     "green": (0, 160, 0),
