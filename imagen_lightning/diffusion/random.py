@@ -57,7 +57,12 @@ def random_bits(seed: int, stream: int, positions: Tensor, count: int) -> Tensor
 def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """(B, *shape) float32, uniform in (0, 1)."""
     bits = random_bits(seed, stream, positions, math.prod(shape))
-    return (((bits >> 8).float() + 0.5) * 2.0**-24).view(len(positions), *shape)
+    return _centres(bits >> 9).view(len(positions), *shape)
+
+
+def _centres(bits: Tensor) -> Tensor:
+    """23 random bits to float32 in (0, 1). Not 24: the largest of those, with its half, would round to 1."""
+    return (bits.float() + 0.5) * 2.0**-23
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -73,14 +78,13 @@ def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) ->
 def spread_uniform(seed: int, stream: int, positions: Tensor) -> Tensor:
     """(B,) float32 in (0, 1): neighbouring positions are spread evenly, for times with little variance in a batch.
 
-    A Kronecker sequence, frac(u0 + position * golden ratio), with u0 drawn from the seed; it does for any batch size what
-    the low-discrepancy sampler of Kingma et al. 2021 (appendix I.1) does for one.
+    A Kronecker sequence, frac(u0 + position * golden ratio), with u0 drawn from the seed; it does for any batch size
+    what the low-discrepancy sampler of Kingma et al. 2021 (appendix I.1) does for one.
     """
-    start = uniform(seed, stream, torch.zeros(1, dtype=torch.int64))[0].item()
+    high, low = random_bits(seed, stream, torch.zeros(1, dtype=torch.int64), 2)[0].tolist()
     golden = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed int64; products wrap as they should
-    offset = int(start * 2**63)
-    bits = (positions * golden + offset) >> 40 & 0xFFFFFF
-    return (bits.float() + 0.5) * 2.0**-24
+    start = (high << 32 | low) - (1 << 63)
+    return _centres((positions * golden + start) >> 41 & 0x7FFFFF)
 
 
 def seeded_generator(seed: int, image: int, stage: int) -> torch.Generator:
