@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
-import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-import torch  # isort: skip
-from lightning.pytorch import LightningDataModule  # isort: skip
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imagen_lightning.data import shapes
-from imagen_lightning.data.order import PositionBatchSampler
+from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
+from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
+from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
+from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.images import downsample
-from imagen_lightning.types import Batch, InputError
+from imagen_lightning.types import Batch, InputError, Text
+
+_ATTEMPTS = 100  # samples tried at one position before it is given up
+_PLACE, _FLIP, _CAPTION = range(3)  # random streams of a position
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Sample:
-    """One captioned image: image (3, H, W) uint8, and its position in the run."""
+    """One captioned image.
 
-    image: Tensor
+    Attributes:
+        image: (3, H, W) uint8; None where no usable sample was found.
+        caption: the caption.
+        key: the sample's name in its source.
+        position: its number in the run's consumed order.
+        text: the caption's stored states, a batch of one.
+        skips: samples that were tried before this one.
+    """
+
+    image: Tensor | None
     caption: str
     key: str
     position: int
+    text: Text | None = None
+    skips: tuple[Skip, ...] = ()
 
 
-def collate(samples: list[Sample]) -> Batch:
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        captions=[sample.caption for sample in samples],
-        keys=[sample.key for sample in samples],
-        positions=torch.tensor([sample.position for sample in samples], dtype=torch.int64),
+@dataclass
+class LoadedBatch(Batch):
+    """A Batch, and the samples that were left out while it was loaded."""
+
+    skips: list[Skip] = field(default_factory=list)
+
+
+def collate(samples: Sequence[Sample]) -> LoadedBatch:
+    """Stacks samples; those without an image are left out."""
+    usable = [sample for sample in samples if sample.image is not None]
+    texts = [sample.text for sample in usable if sample.text is not None]
+    images = [sample.image for sample in usable if sample.image is not None]
+    return LoadedBatch(
+        images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+        captions=[sample.caption for sample in usable],
+        keys=[sample.key for sample in usable],
+        positions=torch.tensor([sample.position for sample in usable], dtype=torch.int64),
+        text=stack_text(texts) if texts else None,
+        skips=[skip for sample in samples for skip in sample.skips],
     )
 
 
@@ -105,7 +141,7 @@ class PositionedDataModule(LightningDataModule):
 
     def _begin(self) -> int:
         """Where an iteration over the training set begins: called by the sampler."""
-        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._stepped = self._handed = 0 if overfitting else self.position
         return self._handed
 
@@ -188,3 +224,274 @@ class ShapesDataModule(PositionedDataModule):
 
     def validation_set(self) -> ShapesDataset:
         return ShapesDataset(self.seed, "val", self.image_size, self.num_val)
+
+
+class ShardDataset(Dataset[Sample]):
+    """Samples of indexed shards by position.
+
+    With an order, a sample that cannot be used is replaced by another of its window, which depends on the position
+    alone; without one, samples come as they lie and those that cannot be used are left out.
+
+    Args:
+        shards: the indexed shards.
+        rows: the rows of each shard that may be used.
+        order: the order over `rows`, or None.
+        image_size: side in pixels.
+        seed: of the random crop, flip and choice among captions, which depend on it and the position alone.
+        caption_field: see `decode_captions`.
+        text: (encoder's name, number of features) of the stored text states, or None where they are not used.
+        random_crop: crop the longer side anywhere, not at its centre.
+        random_flip: mirror half of the images.
+        allow_upscale: enlarge images that are too small.
+        num_samples: without an order, the number of samples, taken evenly spaced; None takes all.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        rows: Sequence[np.ndarray],
+        order: SampleOrder | None,
+        image_size: int,
+        seed: int = 0,
+        caption_field: str | None = None,
+        text: tuple[str, int] | None = None,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        allow_upscale: bool = False,
+        num_samples: int | None = None,
+    ) -> None:
+        self.shards = shards
+        self.rows = list(rows)
+        self.order = order
+        self.image_size = image_size
+        self.seed = seed
+        self.caption_field = caption_field
+        self.text = text
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.allow_upscale = allow_upscale
+        self._ends = np.cumsum([len(item) for item in self.rows])
+        self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
+
+    def __len__(self) -> int:
+        if self.order is not None:
+            raise TypeError("an endless order has no length")
+        return int(self.num_samples)
+
+    def __getitem__(self, position: int) -> Sample:
+        skips: list[Skip] = []
+        for attempt in range(_ATTEMPTS if self.order is not None else 1):
+            shard, row = self._find(position, attempt)
+            try:
+                sample = self._load(shard, row, position)
+            except Unusable as fault:
+                skips.append(Skip(str(self.shards.indexes[shard].path), self.shards.key(shard, row), fault.reason))
+            else:
+                sample.skips = tuple(skips)
+                return sample
+        return Sample(None, "", "", position, skips=tuple(skips))
+
+    def _find(self, position: int, attempt: int) -> tuple[int, int]:
+        if self.order is None:
+            place = position * int(self._ends[-1]) // int(self.num_samples)
+            shard = int(np.searchsorted(self._ends, place, side="right"))
+            number = place - (int(self._ends[shard - 1]) if shard else 0)
+        else:
+            shard, number = self.order.replacement(position, attempt) if attempt else self.order.at(position)
+        return shard, int(self.rows[shard][number])
+
+    def _load(self, shard: int, row: int, position: int) -> Sample:
+        captions = decode_captions(
+            self.shards.read(shard, row, CAPTION), self.shards.read(shard, row, METADATA), self.caption_field
+        )
+        caption, text = captions[0], None
+        if self.text is not None:
+            name, num_features = self.text
+            text, _ = decode_text_states(self.shards.read(shard, row, TEXT_STATES) or b"", name)
+            if text.states.shape[2] != num_features:
+                raise Unusable(Reason.BAD_TEXT_STATES)
+        elif len(captions) > 1:
+            caption = captions[self._random(position, _CAPTION).integers(len(captions))]
+        image = fit(
+            decode_image(self.shards.read(shard, row, IMAGE) or b""),
+            self.image_size,
+            self._random(position, _PLACE).random() if self.random_crop else 0.5,
+            self.allow_upscale,
+        )
+        if self.random_flip and self._random(position, _FLIP).random() < 0.5:
+            image = image.flip(-1)
+        key = f"{self.shards.indexes[shard].path.stem}/{self.shards.key(shard, row)}"
+        return Sample(image, caption, key, position, text)
+
+    def _random(self, position: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, position, stream, 2])
+
+
+class LaionDataModule(PositionedDataModule):
+    """Captioned images from tar shards in webdataset's layout: jpg, png or webp with txt or json captions.
+
+    Images are resized by the shorter side with the area filter and cropped square. Samples that cannot be used are
+    counted, logged, and listed in `skipped.jsonl` in the trainer's root folder where one was set; in training another
+    sample of the window, fixed by the position, stands in. Where samples hold stored text states (`text.npz`), these
+    reach `Batch.text`, and samples without them count as unusable.
+
+    Args:
+        train: shards: a path, a folder, a glob, a brace pattern such as `train-{00000..00009}.tar`, or a list of them.
+        val: shards of the validation set, likewise, read in their order; None validates nothing.
+        image_size: side in pixels.
+        batch_size: samples of one batch over all processes and before accumulation.
+        seed: of the order, of random crops and flips, and of the choice among captions.
+        num_workers: loader processes of each process.
+        caption_field: the json field that holds the caption or a list of captions; None takes the txt, and json's
+            "caption" where there is no txt. Of several captions (lines of the txt) one is drawn by (seed, position).
+        crop: "center", or "random" along the longer side (training only).
+        random_flip: mirror half of the training images; wrong where captions speak of left and right.
+        allow_upscale: enlarge images whose shorter side is below image_size; otherwise they are skipped.
+        text_encoder: the encoder's name that stored text states must bear; None takes that of the first sample.
+        max_skip_share: the run stops where more of its last 10,000 samples were skipped.
+        window: shards whose samples are shuffled together.
+        num_val: validation samples, taken evenly spaced; None takes all.
+
+    Raises:
+        InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples.
+    """
+
+    def __init__(
+        self,
+        train: str | Path | list[str],
+        val: str | Path | list[str] | None = None,
+        image_size: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        caption_field: str | None = None,
+        crop: Literal["center", "random"] = "center",
+        random_flip: bool = False,
+        allow_upscale: bool = False,
+        text_encoder: str | None = None,
+        max_skip_share: float = 0.05,
+        window: int = 8,
+        num_val: int | None = None,
+    ) -> None:
+        super().__init__()
+        if crop not in ("center", "random"):
+            raise InputError(f"crop {crop!r} is unknown; give 'center' or 'random'")
+        if image_size < 1 or (num_val is not None and num_val < 1):
+            raise InputError(f"image_size {image_size}, num_val {num_val}: both must be at least 1")
+        self.train = train
+        self.val = val
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.caption_field = caption_field
+        self.crop = crop
+        self.random_flip = random_flip
+        self.allow_upscale = allow_upscale
+        self.text_encoder = text_encoder
+        self.max_skip_share = max_skip_share
+        self.window = window
+        self.num_val = num_val
+        self.train_skips = SkipLog(max_skip_share)
+        self.val_skips = SkipLog(max_skip_share)
+        self._training_set: ShardDataset | None = None
+        self._validation_set: ShardDataset | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.training_set()
+        if self.val is not None and stage in ("fit", "validate"):
+            self.validation_set()
+        if self.trainer is not None and Path(self.trainer.default_root_dir).resolve() != Path.cwd():
+            path = Path(self.trainer.default_root_dir) / "skipped.jsonl"
+            for skips in (self.train_skips, self.val_skips):
+                skips.list_in(path, past=self.trainer.is_global_zero)
+
+    def teardown(self, stage: str) -> None:
+        for name, skips in (("training", self.train_skips), ("validation", self.val_skips)):
+            if skips.counts:
+                log.warning("%s: %s", name, skips.summary())
+
+    def training_set(self) -> ShardDataset:
+        if self._training_set is None:
+            shards, rows, text = self._open(self.train, self.train_skips)
+            self._training_set = ShardDataset(
+                shards,
+                rows,
+                SampleOrder([len(item) for item in rows], self.seed, self.batch_size, self.window),
+                self.image_size,
+                self.seed,
+                self.caption_field,
+                text,
+                self.crop == "random",
+                self.random_flip,
+                self.allow_upscale,
+            )
+        return self._training_set
+
+    def validation_set(self) -> ShardDataset:
+        if self.val is None:
+            raise InputError("this data has no validation shards; give val=")
+        if self._validation_set is None:
+            shards, rows, text = self._open(self.val, self.val_skips)
+            self._validation_set = ShardDataset(
+                shards,
+                rows,
+                None,
+                self.image_size,
+                self.seed,
+                self.caption_field,
+                text,
+                allow_upscale=self.allow_upscale,
+                num_samples=self.num_val,
+            )
+        return self._validation_set
+
+    def val_dataloader(self) -> Any:
+        return [] if self.val is None else super().val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, LoadedBatch) and self.trainer is not None:
+            skips = self.train_skips if self.trainer.training else self.val_skips
+            skips.record(len(batch), batch.skips)
+            whole = self.batch_size // self.trainer.world_size if self.trainer.training else 1
+            if len(batch) < whole:
+                raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def _open(
+        self, patterns: str | Path | list[str], skips: SkipLog
+    ) -> tuple[Shards, list[np.ndarray], tuple[str, int] | None]:
+        """Indexes shards and returns them with the rows that may be used and the stored text states' encoder."""
+        shards = Shards([index_shard(path) for path in expand_shards(patterns)])
+        has_text = any((index.spans[:, TEXT_STATES, 0] >= 0).any() for index in shards.indexes)
+        rows, faults = [], []
+        for index in shards.indexes:
+            present = index.spans[:, :, 0] >= 0
+            captioned = present[:, METADATA] | (present[:, CAPTION] & (self.caption_field is None))
+            wrong = np.select(
+                [~present[:, IMAGE], ~captioned, ~present[:, TEXT_STATES] & has_text], [1, 2, 3], default=0
+            )
+            reasons = (Reason.NO_IMAGE, Reason.NO_CAPTION, Reason.NO_TEXT_STATES)
+            faults += index.skips
+            faults += [Skip(str(index.path), index.keys[row], reasons[wrong[row] - 1]) for row in np.flatnonzero(wrong)]
+            rows.append(np.flatnonzero(wrong == 0))
+        skips.record_index(sum(len(item) for item in rows), faults)
+        return shards, rows, self._first_text(shards, rows) if has_text else None
+
+    def _first_text(self, shards: Shards, rows: list[np.ndarray]) -> tuple[str, int]:
+        """The encoder's name and number of features of the first text states that can be read."""
+        fault = None
+        for shard, numbers in enumerate(rows):
+            for row in numbers:
+                try:
+                    text, name = decode_text_states(shards.read(shard, int(row), TEXT_STATES) or b"", self.text_encoder)
+                except Unusable as error:  # noqa: PERF203
+                    fault = error.reason
+                else:
+                    return name, text.states.shape[2]
+        raise InputError(
+            f"no text states can be used: {fault.value if fault else 'none found'}"
+            + (f" (wanted: text_encoder {self.text_encoder!r})" if self.text_encoder else "")
+        )

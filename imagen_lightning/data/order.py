@@ -81,7 +81,7 @@ class SampleOrder:
         epoch, place = divmod(position, len(self))
         _, ends = self._epoch(epoch)
         pairs = self._window(epoch, int(np.searchsorted(ends, place, side="right")))
-        shard, sample = pairs[np.random.default_rng([self.seed, position, attempt + 1]).integers(len(pairs))]
+        shard, sample = pairs[np.random.default_rng([self.seed, position, attempt, 1]).integers(len(pairs))]
         return int(shard), int(sample)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,24 @@
 """Positions, resume and batches of the DataModules, against the uninterrupted run."""
 
+import io
+import json
+import logging
+import tarfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
-from imagen_lightning.data.datamodule import ShapesDataModule
+from imagen_lightning.components import describe_args
+from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
+from imagen_lightning.data.skips import Reason, Skip, SkipLog
 from imagen_lightning.types import InputError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 class Recorder(LightningModule):
@@ -151,3 +163,262 @@ def test_shapes_batch():
 def test_shapes_refuse_other_sizes():
     with pytest.raises(InputError, match="image_size 128"):
         ShapesDataModule(image_size=128)
+
+
+def picture(number, size=(10, 8), format_="PNG"):
+    """A picture from whose pixels the number can be read."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number, 7, 9)).save(buffer, format_, lossless=True)
+    return buffer.getvalue()
+
+
+def write_shards(folder, sizes, change=lambda number, members: members):
+    """Shards whose sample `number` shows it as a red value and says it in its caption."""
+    number = 0
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:
+            for _ in range(size):
+                members = {"png": picture(number), "txt": b"number %d" % number}
+                for suffix, data in change(number, members).items():
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                number += 1
+    return str(folder / "train-*.tar")
+
+
+def test_images_captions_and_keys_belong_together(tmp_path):
+    data = LaionDataModule(write_shards(tmp_path, [9, 14, 5, 11]), image_size=8, batch_size=4, window=2)
+    loader = iter(data.train_dataloader())
+    batches = [next(loader) for _ in range(39)]  # four epochs
+    numbers = torch.cat([batch.images[:, 0].flatten(1).float().mean(1) for batch in batches]).int().tolist()
+    assert [caption for batch in batches for caption in batch.captions] == [f"number {n}" for n in numbers]
+    assert [key[-4:] for batch in batches for key in batch.keys] == [f"{n:04d}" for n in numbers]
+    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(156))
+    for epoch in range(4):
+        assert sorted(numbers[39 * epoch : 39 * (epoch + 1)]) == list(range(39))
+    assert numbers[:39] != numbers[39:78]
+    assert batches[0].images.shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("first_workers", "second_workers"), [(0, 2), (3, 0)])
+def test_laion_resume_goes_on_with_the_next_sample(tmp_path, first_workers, second_workers):
+    def break_some(number, members):
+        return {**members, "png": b"broken"} if number % 13 == 0 else members
+
+    shards = write_shards(tmp_path, [9, 14, 5, 11], break_some)
+    settings = {"image_size": 8, "batch_size": 4, "max_skip_share": 0.5, "crop": "random", "random_flip": True}
+    whole, _ = fit(LaionDataModule(shards, **settings), tmp_path, 15)
+    fit(LaionDataModule(shards, num_workers=first_workers, **settings), tmp_path, 9, every=7)
+    resumed, _ = fit(
+        LaionDataModule(shards, num_workers=second_workers, **settings), tmp_path, 15, tmp_path / "step=7.ckpt"
+    )
+    assert len(whole.keys) == 60
+    assert resumed.keys == whole.keys[28:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unusable_samples_are_replaced_counted_and_listed(tmp_path, num_workers, caplog):
+    wrong = {
+        3: ({"png": b"broken"}, Reason.UNDECODABLE),
+        5: ({"txt": b"caf\xe9"}, Reason.CAPTION_NOT_UTF8),
+        8: ({"txt": b""}, Reason.NO_CAPTION),
+        11: ({"png": picture(11, (7, 20))}, Reason.TOO_SMALL),
+        14: ({"png": None}, Reason.NO_IMAGE),
+        17: ({"txt": None}, Reason.NO_CAPTION),
+    }
+
+    def spoil(number, members):
+        members = {**members, **wrong.get(number, ({}, None))[0]}
+        return {suffix: data for suffix, data in members.items() if data is not None}
+
+    shards = write_shards(tmp_path, [40, 40], spoil)
+    run = tmp_path / "run"
+    data = LaionDataModule(shards, image_size=8, batch_size=4, num_workers=num_workers, max_skip_share=0.1)
+    with caplog.at_level(logging.WARNING):
+        module, _ = fit(data, run, 40)  # two epochs and more
+    assert len(module.keys) == 160
+    assert {int(key[-4:]) for key in module.keys} == set(range(80)) - set(wrong)
+    listed = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert {int(line["key"]): line["reason"] for line in listed} == {
+        n: reason.value for n, (_, reason) in wrong.items()
+    }
+    assert {line["shard"] for line in listed} == {str(tmp_path / "train-000.tar")}
+    assert len(listed) == len(wrong)
+    assert data.train_skips.counts[Reason.NO_CAPTION.value] == 2
+    assert "6 samples skipped: 2 caption missing" in caplog.text
+    fit(LaionDataModule(shards, image_size=8, batch_size=4, max_skip_share=0.1), run, 40)  # lists nothing twice
+    assert len((run / "skipped.jsonl").read_text().splitlines()) == len(wrong)
+
+
+def test_too_many_skips_stop_the_run(tmp_path):
+    def spoil(number, members):
+        return {**members, "png": b"broken"} if number % 5 == 0 else members
+
+    shards = write_shards(tmp_path, [125, 125], spoil)
+    with pytest.raises(
+        InputError, match=r"of \d+ samples cannot be used.*for 'undecodable image', such as '0.*train-00"
+    ):
+        fit(LaionDataModule(shards, image_size=8, batch_size=10), tmp_path, 50)
+    fit(LaionDataModule(shards, image_size=8, batch_size=10, max_skip_share=0.4), tmp_path, 50)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_of_broken_images_stop_at_once(tmp_path, num_workers):
+    shards = write_shards(tmp_path, [3], lambda number, members: {**members, "png": b"broken"})
+    data = LaionDataModule(shards, image_size=8, batch_size=4, num_workers=num_workers, max_skip_share=1)
+    with pytest.raises(InputError, match="undecodable image"):
+        fit(data, tmp_path, 5)
+
+
+def test_shards_without_captions_stop_at_setup(tmp_path):
+    shards = write_shards(tmp_path, [5], lambda number, members: {"png": members["png"]})
+    with pytest.raises(InputError, match=r"5 of 5 samples cannot be used.*'caption missing or empty'"):
+        LaionDataModule(shards).setup("fit")
+    with pytest.raises(InputError, match="match no file"):
+        LaionDataModule(str(tmp_path / "other-*.tar")).setup("fit")
+
+
+def test_validation_is_in_order_with_a_short_batch_and_leaves_out_what_is_broken(tmp_path):
+    shards = write_shards(tmp_path, [7, 8], lambda n, members: {**members, "png": b"broken"} if n == 5 else members)
+    data = LaionDataModule(shards, shards, image_size=8, batch_size=4)
+    module, _ = fit(data, tmp_path, 2, limit_val_batches=1.0, val_check_interval=1, num_sanity_val_steps=0)
+    expected = [[0, 1, 2, 3], [4, 6, 7], [8, 9, 10, 11], [12, 13, 14]]
+    assert [[int(key[-4:]) for key in keys] for keys in module.val_keys] == expected * 2
+    assert data.val_skips.counts == {"undecodable image": 1}
+    few = LaionDataModule(shards, shards, image_size=8, batch_size=4, num_val=3)
+    assert [batch.captions for batch in few.val_dataloader()] == [["number 0", "number 10"]]  # the middle one is broken
+    fit(LaionDataModule(shards, image_size=8, batch_size=4), tmp_path, 2, limit_val_batches=1.0, val_check_interval=1)
+
+
+def test_one_of_several_captions_by_seed_and_position(tmp_path):
+    def lines(number, members):
+        return {**members, "txt": b"a\nb\nc", "json": b'{"all": ["d", "e"]}'}
+
+    shards = write_shards(tmp_path, [30], lines)
+    data = LaionDataModule(shards, shards, image_size=8, batch_size=30)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch.captions) == {"a", "b", "c"}
+    assert batch.captions == next(iter(data.train_dataloader())).captions
+    other = LaionDataModule(shards, image_size=8, batch_size=10, num_workers=1)
+    assert next(iter(other.train_dataloader())).captions == batch.captions[:10]
+    field = LaionDataModule(shards, image_size=8, batch_size=30, caption_field="all")
+    assert set(next(iter(field.train_dataloader())).captions) == {"d", "e"}
+
+
+def test_random_crop_and_flip(tmp_path):
+    ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2))
+    buffer = io.BytesIO()
+    ramp.save(buffer, "PNG")
+    shards = write_shards(tmp_path, [64], lambda number, members: {**members, "png": buffer.getvalue()})
+
+    def rows(**settings):
+        data = LaionDataModule(shards, shards, image_size=8, batch_size=64, **settings)
+        return next(iter(data.train_dataloader())).images[:, 0, 0].int(), next(iter(data.val_dataloader())).images[
+            :, 0, 0
+        ]
+
+    centre, _ = rows()
+    assert (centre == torch.arange(28, 36)).all()
+    cropped, validation = rows(crop="random", random_flip=True)
+    assert (validation == torch.arange(28, 36)).all()
+    assert len(set(cropped.min(1).values.tolist())) > 20
+    flipped = cropped[:, 0] > cropped[:, 7]
+    assert 16 < flipped.sum() < 48
+    assert ((cropped[:, 1:] - cropped[:, :-1]).abs() == 1).all()
+
+
+def stored(number, encoder="t5", length=None, value=None):
+    buffer = io.BytesIO()
+    states = np.full((length or number % 3 + 1, 4), number if value is None else value, np.float16)
+    np.savez(buffer, states=states, encoder=np.array(encoder))
+    return buffer.getvalue()
+
+
+def test_stored_text_states_reach_the_batch(tmp_path):
+    shards = write_shards(tmp_path, [12], lambda n, members: {**members, "text.npz": stored(n)})
+    batch = next(iter(LaionDataModule(shards, image_size=8, batch_size=12, text_encoder="t5").train_dataloader()))
+    numbers = torch.tensor([int(key[-4:]) for key in batch.keys])
+    assert batch.text.states.shape == (12, 3, 4)
+    assert torch.equal(batch.text.mask.sum(1), numbers % 3 + 1)
+    assert torch.equal(batch.text.pooled, numbers[:, None].expand(-1, 4).float())
+    expected = batch.text.mask[..., None] * numbers[:, None, None].float()
+    assert torch.equal(batch.text.states, expected.expand(-1, -1, 4))
+    with pytest.raises(InputError, match=r"text states of another encoder.*wanted: text_encoder 'umt5'"):
+        LaionDataModule(shards, image_size=8, text_encoder="umt5").setup("fit")
+
+
+def test_wrong_text_states_are_skipped(tmp_path):
+    wrong = {2: stored(2, "umt5"), 4: stored(4, value=np.nan), 6: b"PK", 8: None}
+
+    def spoil(number, members):
+        states = wrong.get(number, stored(number))
+        return members if states is None else {**members, "text.npz": states}
+
+    shards = write_shards(tmp_path, [50], spoil)
+    data = LaionDataModule(shards, image_size=8, batch_size=10, max_skip_share=0.1)
+    module, _ = fit(data, tmp_path, 10)
+    assert set(data.train_skips.counts) == {
+        reason.value
+        for reason in (Reason.OTHER_ENCODER, Reason.NAN_TEXT_STATES, Reason.BAD_TEXT_STATES, Reason.NO_TEXT_STATES)
+    }
+    assert not {int(key[-4:]) for key in module.keys} & set(wrong)
+
+
+@pytest.mark.parametrize("name", ["dcss-tiles-32", "fluent-emoji-3d", "flower-photos-128", "coco-mini-permissive"])
+def test_real_shards_train(name, tmp_path):
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip(f"no shards in {folder}")
+    data = LaionDataModule(
+        str(folder / "train-*.tar"),
+        str(folder / "heldout-*.tar"),
+        image_size=32,
+        batch_size=8,
+        num_val=2,
+        caption_field="captions" if "coco" in name else None,
+    )
+    module, _ = fit(data, tmp_path, 3, limit_val_batches=1.0, val_check_interval=3)
+    assert len(set(module.keys)) == 24
+    assert module.val_keys[-1] != module.keys[:2]
+    assert not data.train_skips.counts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop": "corner"}, "crop 'corner' is unknown"),
+        ({"image_size": 0}, "image_size 0"),
+        ({"num_val": 0}, "num_val 0"),
+        ({"max_skip_share": 5}, "max_skip_share 5 is not a share"),
+    ],
+)
+def test_laion_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        LaionDataModule("a.tar", **arguments)
+
+
+def test_datamodules_are_components():
+    assert describe_args(LaionDataModule("a.tar"))["train"] == "a.tar"
+    assert describe_args(ShapesDataModule(16))["image_size"] == 16
+
+
+def test_the_share_is_taken_over_the_last_samples():
+    skips = SkipLog(max_share=0.1, recent=100, at_least=50)
+    broken = [Skip("a.tar", str(number), Reason.BAD_JSON) for number in range(12)]
+    skips.record(0, broken[:1])
+    skips.record(1000, [])
+    skips.record(0, broken[:10])  # ten of the last hundred: at the limit, not above it
+    skips.record(95, [])
+    skips.record(1, broken[:1])
+    assert skips.counts == {"bad JSON": 10}
+    with pytest.raises(
+        InputError, match=r"11 of 100 samples cannot be used, more than max_skip_share 0.1 allows; 11 for"
+    ):
+        skips.record(0, broken[:10])
+
+
+def test_the_log_speaks_at_powers_of_ten(caplog):
+    skips = SkipLog(1.0)
+    skips.record(1000, [Skip("a.tar", str(number), Reason.BAD_JSON) for number in range(150)])
+    assert len(caplog.records) == 3

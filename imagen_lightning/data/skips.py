@@ -1,0 +1,156 @@
+"""Samples that cannot be used: their reasons, counted, listed, and a stop where there are too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from imagen_lightning.types import InputError
+
+log = logging.getLogger(__name__)
+
+
+class Reason(str, Enum):
+    """Why a sample cannot be used."""
+
+    NO_IMAGE = "image missing"
+    NO_CAPTION = "caption missing or empty"
+    CAPTION_NOT_UTF8 = "caption not UTF-8"
+    BAD_JSON = "bad JSON"
+    TRUNCATED_IMAGE = "truncated image"
+    UNDECODABLE = "undecodable image"
+    TOO_MANY_PIXELS = "image over the pixel limit"
+    TOO_SMALL = "image too small"
+    DUPLICATE_KEY = "duplicate key"
+    UNSAFE_MEMBER = "unsafe member name or type"
+    TRUNCATED_SHARD = "truncated shard"
+    UNREADABLE_SHARD = "unreadable shard"
+    BAD_HEADER = "bad tar header"
+    NO_TEXT_STATES = "text states missing"
+    BAD_TEXT_STATES = "undecodable text states"
+    NAN_TEXT_STATES = "text states not finite"
+    OTHER_ENCODER = "text states of another encoder"
+
+
+class Unusable(Exception):
+    """A sample cannot be used, for `reason`."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+class Skip(NamedTuple):
+    """One sample that was left out."""
+
+    shard: str
+    key: str
+    reason: Reason
+
+
+class SkipLog:
+    """Counts what was left out, and stops the run where it is too much.
+
+    Each sample is counted, logged and listed once, however often it is met; the share counts each meeting. The log
+    speaks at the 1st, 10th, 100th, … sample of a reason.
+
+    Args:
+        max_share: the largest share of skipped samples, in [0, 1].
+        recent: number of last samples over which the share is taken.
+        at_least: number of samples before the share is judged.
+    """
+
+    def __init__(self, max_share: float = 0.05, recent: int = 10_000, at_least: int = 200) -> None:
+        if not 0 <= max_share <= 1:
+            raise InputError(f"max_skip_share {max_share} is not a share; give a number from 0 to 1")
+        self.max_share = max_share
+        self.at_least = at_least
+        self.counts: Counter[str] = Counter()
+        self.listing: Path | None = None
+        self._seen: dict[Skip, None] = {}  # in the order they were met
+        self._listed: set[str] = set()  # lines that the file held when it was opened
+        self._recent: deque[Skip | None] = deque(maxlen=recent)
+        self._recent_skips = 0
+
+    def list_in(self, path: Path, past: bool = True) -> None:
+        """Lists skips in a file of one JSON object a line (shard, key, reason), after what it holds already.
+
+        Args:
+            path: the file; made when there is something to list.
+            past: whether to list those noted so far; of several processes that walk the same shards, one should.
+        """
+        self.listing = path
+        self._listed = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        if past:
+            self._write(self._seen)
+
+    def record(self, num_used: int, skips: Sequence[Skip]) -> None:
+        """Notes samples as they are met.
+
+        Raises:
+            InputError: the share of skips among the last samples is above the limit.
+        """
+        self._note(skips)
+        for item in (*skips, *[None] * num_used):
+            if len(self._recent) == self._recent.maxlen:
+                self._recent_skips -= self._recent[0] is not None
+            self._recent.append(item)
+            self._recent_skips += item is not None
+        if skips and len(self._recent) >= self.at_least:
+            self._judge(self._recent_skips, len(self._recent), (item for item in self._recent if item is not None))
+
+    def record_index(self, num_used: int, skips: Sequence[Skip]) -> None:
+        """Notes what the walk through the shards found, judged over all of it.
+
+        Raises:
+            InputError: nothing is usable, or the share of skips is above the limit.
+        """
+        self._note(skips)
+        if num_used == 0 or num_used + len(skips) >= self.at_least:
+            self._judge(len(skips), num_used + len(skips), skips)
+
+    def summary(self) -> str:
+        """ "12 samples skipped: 10 undecodable image, 2 bad JSON"."""
+        parts = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+        return f"{self.counts.total()} samples skipped" + (f": {parts}" if parts else "")
+
+    def _judge(self, num_skips: int, num_samples: int, skips: Iterable[Skip]) -> None:
+        if num_skips <= self.max_share * num_samples and num_skips < num_samples:
+            return
+        raise InputError(self.complaint(num_skips, num_samples, list(skips)))
+
+    def complaint(self, num_skips: int, num_samples: int, skips: Sequence[Skip]) -> str:
+        """The line that stops a run, with the leading reason."""
+        if not skips:
+            return "no samples: the shards are empty"
+        reason, count = Counter(skip.reason for skip in skips).most_common(1)[0]
+        first = next(skip for skip in skips if skip.reason == reason)
+        return (
+            f"{num_skips} of {num_samples} samples cannot be used, more than max_skip_share {self.max_share:g} allows; "
+            f"{count} for {reason.value!r}, such as {first.key!r} in {first.shard}; mend the shards or raise the share"
+        )
+
+    def _note(self, skips: Iterable[Skip]) -> None:
+        new = [skip for skip in dict.fromkeys(skips) if skip not in self._seen]
+        for skip in new:
+            self._seen[skip] = None
+            self.counts[skip.reason.value] += 1
+            count = self.counts[skip.reason.value]
+            if str(count).strip("0") == "1":
+                log.warning("skipped %s in %s: %s (%d so far)", skip.key, skip.shard, skip.reason.value, count)
+        self._write(new)
+
+    def _write(self, skips: Iterable[Skip]) -> None:
+        if self.listing is None:
+            return
+        lines = [json.dumps({"shard": s.shard, "key": s.key, "reason": s.reason.value}) for s in skips]
+        lines = [line for line in lines if line not in self._listed]
+        if lines:
+            self.listing.parent.mkdir(parents=True, exist_ok=True)
+            with self.listing.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
