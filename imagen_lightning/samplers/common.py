@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def steps(times: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         raise InputError(f"sampling needs at least two times, got {times.tolist()}")
     if not bool((times[1:] < times[:-1]).all()) or times[0] > 1 or times[-1] < 0:
         raise InputError(f"sampling times must decrease within [0, 1], got {times.tolist()}")
-    yield from zip(times[:-1], times[1:])
+    yield from pairwise(times)
 
 
 def level(schedule: Schedule, t: Tensor) -> tuple[float, float]:

@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from imagen_lightning.samplers.common import batch_time, level, noise_like, steps
-from imagen_lightning.types import Denoiser, Generator, InputError, Schedule
+from imagen_lightning.types import Denoiser, Generator, InputError, Sampler, Schedule
 
 
-class DDIM:
+class DDIM(Sampler):
     """Steps along the probability flow, or with a share of DDPM's noise.
 
     Args:

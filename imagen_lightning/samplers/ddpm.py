@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from imagen_lightning.samplers.common import batch_time, level, noise_like, steps
-from imagen_lightning.types import Denoiser, Generator, InputError, Schedule
+from imagen_lightning.types import Denoiser, Generator, InputError, Sampler, Schedule
 
 
-class DDPM:
+class DDPM(Sampler):
     """Draws x_s from the posterior q(x_s | x_t, x0) with x0 replaced by its estimate.
 
     Args:

@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from imagen_lightning.samplers.common import batch_time, level, steps
-from imagen_lightning.types import Denoiser, Generator, Schedule
+from imagen_lightning.types import Denoiser, Generator, Sampler, Schedule
 
 
-class DPMSolverPP:
+class DPMSolverPP(Sampler):
     """DPM-Solver++ 2M, the two-step solver of the probability flow in x0 (algorithm 2).
 
     The first step, and a last one that ends at sigma = 0, are of first order.
@@ -33,5 +33,5 @@ class DPMSolverPP:
                 last_x0, last_h = previous
                 direction = x0 + (x0 - last_x0) * (h / (2 * last_h))
             x = (sigma_s / sigma_t) * x - alpha_s * math.expm1(-h) * direction
-            previous = (x0, h)
+            previous = (x0, h) if h > 0 else None  # times beyond a schedule's last log-SNR are one and the same
         return x

@@ -1,11 +1,11 @@
-"""Where along [0, 1] a sampler steps: `spacing(num_steps, schedule)` gives num_steps + 1 decreasing times, the last 0."""
+"""Where along [0, 1] a sampler steps: `spacing(num_steps, schedule)`, num_steps + 1 decreasing times, the last 0."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imagen_lightning.types import InputError, Schedule
+from imagen_lightning.types import InputError, Schedule, Spacing
 
 
 def _check(num_steps: int) -> None:
@@ -13,7 +13,7 @@ def _check(num_steps: int) -> None:
         raise InputError(f"{num_steps} sampling steps; at least 1 is needed")
 
 
-class UniformTimes:
+class UniformTimes(Spacing):
     """Even in t from 1 to 0."""
 
     def __call__(self, num_steps: int, schedule: Schedule) -> Tensor:
@@ -22,7 +22,7 @@ class UniformTimes:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
-class LogSNRTimes:
+class LogSNRTimes(Spacing):
     """Even in log-SNR from `low` to `high`, then 0 (Lu et al. 2022, DPM-Solver, section 3.4).
 
     Args:
