@@ -89,13 +89,24 @@ class SkipLog:
         if past:
             self._write(self._seen)
 
+    def note(self, skips: Iterable[Skip]) -> None:
+        """Counts, logs and lists samples that are new, without judging their share."""
+        new = [skip for skip in dict.fromkeys(skips) if skip not in self._seen]
+        for skip in new:
+            self._seen[skip] = None
+            self.counts[skip.reason.value] += 1
+            count = self.counts[skip.reason.value]
+            if str(count).strip("0") == "1":
+                log.warning("skipped %s in %s: %s (%d so far)", skip.key, skip.shard, skip.reason.value, count)
+        self._write(new)
+
     def record(self, num_used: int, skips: Sequence[Skip]) -> None:
         """Notes samples as they are met.
 
         Raises:
             InputError: the share of skips among the last samples is above the limit.
         """
-        self._note(skips)
+        self.note(skips)
         for item in (*skips, *[None] * num_used):
             if len(self._recent) == self._recent.maxlen:
                 self._recent_skips -= self._recent[0] is not None
@@ -110,7 +121,7 @@ class SkipLog:
         Raises:
             InputError: nothing is usable, or the share of skips is above the limit.
         """
-        self._note(skips)
+        self.note(skips)
         if num_used == 0 or num_used + len(skips) >= self.at_least:
             self._judge(len(skips), num_used + len(skips), skips)
 
@@ -134,16 +145,6 @@ class SkipLog:
             f"{num_skips} of {num_samples} samples cannot be used, more than max_skip_share {self.max_share:g} allows; "
             f"{count} for {reason.value!r}, such as {first.key!r} in {first.shard}; mend the shards or raise the share"
         )
-
-    def _note(self, skips: Iterable[Skip]) -> None:
-        new = [skip for skip in dict.fromkeys(skips) if skip not in self._seen]
-        for skip in new:
-            self._seen[skip] = None
-            self.counts[skip.reason.value] += 1
-            count = self.counts[skip.reason.value]
-            if str(count).strip("0") == "1":
-                log.warning("skipped %s in %s: %s (%d so far)", skip.key, skip.shard, skip.reason.value, count)
-        self._write(new)
 
     def _write(self, skips: Iterable[Skip]) -> None:
         if self.listing is None:
