@@ -51,6 +51,8 @@ def describe(value: Any) -> Any:
 
 def describe_args(value: object, skip: Iterable[str] = ()) -> dict[str, Any]:
     """The arguments of `value`'s `__init__` as plain data, without the names in `skip`."""
+    if type(value).__init__ is object.__init__:
+        return {}
     arguments = {}
     for name, parameter in inspect.signature(type(value).__init__).parameters.items():
         if name == "self" or name in skip:

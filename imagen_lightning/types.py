@@ -1,10 +1,14 @@
-"""What passes between the parts: batches, text, conditioning, and the protocols of networks' users.
+"""What passes between the parts: batches, text, conditioning, and the interfaces of exchangeable parts.
+
+Schedules, samplers, spacings and text encoders are abstract classes rather than protocols, since a YAML's class_path is
+checked against them.
 
 Shapes: B images, C = 3 channels, H x W pixels, L text tokens, D text features.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
@@ -12,12 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
-class InputError(ValueError):
-    """What a person gave cannot be used: one line that names the value and the mend.
-
-    The command line prints the line and ends with exit code 2; any other error shows its traceback.
-    """
+from imagen_lightning.errors import InputError as InputError  # noqa: PLC0414  (a public name of this module)
 
 
 class _Movable:
@@ -105,12 +104,19 @@ class Denoised(NamedTuple):
     variance: Tensor
 
 
-class Schedule(Protocol):
+class Schedule(ABC):
     """x_t = alpha(t) x_0 + sigma(t) epsilon, t in [0, 1], 0 is data and 1 is noise."""
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def network_time(self, t: Tensor) -> Tensor: ...
 
 
@@ -123,28 +129,37 @@ class Denoiser(Protocol):
 Generator = torch.Generator | Sequence[torch.Generator]
 
 
-class Sampler(Protocol):
+class Sampler(ABC):
     """Walks from noise x at times[0] down the n+1 decreasing times and returns x at times[-1]."""
 
+    @abstractmethod
     def __call__(
         self, denoise: Denoiser, x: Tensor, times: Tensor, *, schedule: Schedule, generator: Generator | None = None
     ) -> Tensor: ...
 
 
-class Spacing(Protocol):
+class Spacing(ABC):
     """num_steps + 1 decreasing times in [0, 1], float64, the last 0."""
 
+    @abstractmethod
     def __call__(self, num_steps: int, schedule: Schedule) -> Tensor: ...
 
 
-class TextEncoder(Protocol):
+class TextEncoder(ABC):
     """A frozen encoder: captions to Text, without gradients, on `device`.
 
     `name` identifies the encoder (its hub name or the settings that make it), `dim` is D, `max_tokens` the largest L.
     """
 
-    name: str
-    dim: int
     max_tokens: int
 
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def dim(self) -> int: ...
+
+    @abstractmethod
     def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Text: ...

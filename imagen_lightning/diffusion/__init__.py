@@ -7,6 +7,7 @@ from imagen_lightning.diffusion.process import DiffusionProcess
 from imagen_lightning.diffusion.schedules import CosineSchedule, FlowSchedule, ShiftedCosineSchedule
 from imagen_lightning.diffusion.thresholding import (
     DynamicThresholding,
+    NoThresholding,
     StaticThresholding,
     Thresholding,
     threshold,
@@ -23,6 +24,7 @@ __all__ = [
     "FlowSchedule",
     "LowResAugmentation",
     "MinSNR",
+    "NoThresholding",
     "Parametrization",
     "Plain",
     "ShiftedCosineSchedule",

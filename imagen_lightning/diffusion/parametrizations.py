@@ -7,19 +7,24 @@ Every function takes tensors that broadcast against each other.
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 
-class Parametrization(Protocol):
+class Parametrization(ABC):
+    @abstractmethod
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def x0(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def x0_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
 
 
-class Epsilon:
+class Epsilon(Parametrization):
     """The noise (Ho et al. 2020, eq. 14)."""
 
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ class Epsilon:
         return sigma / alpha
 
 
-class X0:
+class X0(Parametrization):
     """The image itself."""
 
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ class X0:
         return torch.ones_like(alpha)
 
 
-class V:
+class V(Parametrization):
     """v = alpha epsilon - sigma x0 (Salimans & Ho 2022, appendix D), for any alpha and sigma."""
 
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ class V:
         return sigma / (alpha**2 + sigma**2)
 
 
-class Flow:
+class Flow(Parametrization):
     """The velocity epsilon - x0 of rectified flow (Liu et al. 2022, eq. 1, time reversed), for any alpha and sigma."""
 
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from imagen_lightning.types import InputError
+from imagen_lightning.types import InputError, Schedule
 
 LOG_SNR_MIN = -20.0  # the cosine ends here instead of at -inf, where epsilon says nothing of x0
 
 
-class CosineSchedule:
+class CosineSchedule(Schedule):
     """Cosine schedule (Nichol & Dhariwal 2021; continuous form, Kingma et al. 2021): alpha = cos(pi t / 2).
 
     The signal's end is held at a log-SNR of -20, so that alpha(1) is 4.5e-5 and epsilon can be turned into x0 at t = 1.
@@ -68,7 +68,7 @@ class ShiftedCosineSchedule(CosineSchedule):
         self.shift = image_size / reference_size
 
 
-class FlowSchedule:
+class FlowSchedule(Schedule):
     """Rectified flow's straight line (Liu et al. 2022; Lipman et al. 2022): alpha = 1 - t, sigma = t.
 
     alpha is held at 4.5e-5 at the end, the same log-SNR of -20 as the cosine's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,18 +10,26 @@ from torch import Tensor
 from imagen_lightning.types import Denoised, Denoiser, InputError
 
 
-class Thresholding(Protocol):
+class Thresholding(ABC):
+    @abstractmethod
     def __call__(self, x0: Tensor) -> Tensor: ...
 
 
-class StaticThresholding:
+class NoThresholding(Thresholding):
+    """Leaves x0 as it is."""
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return x0
+
+
+class StaticThresholding(Thresholding):
     """Clips x0 to [-1, 1] (Saharia et al. 2022, section 2.3)."""
 
     def __call__(self, x0: Tensor) -> Tensor:
         return x0.clamp(-1, 1)
 
 
-class DynamicThresholding:
+class DynamicThresholding(Thresholding):
     """Clips each x0 to [-s, s] and divides by s, s its own percentile of |x0|, at least 1 (Saharia et al. 2022, 2.3).
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -11,20 +11,21 @@ from imagen_lightning.diffusion.parametrizations import Parametrization
 from imagen_lightning.types import InputError
 
 
-class Weighting(Protocol):
+class Weighting(ABC):
+    @abstractmethod
     def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
         """The factor on the squared error of the network's output, of alpha's shape."""
         ...
 
 
-class Plain:
+class Plain(Weighting):
     """The squared error of whatever the network predicts, as it is (L_simple, Ho et al. 2020, eq. 14)."""
 
     def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
         return torch.ones_like(alpha)
 
 
-class MinSNR:
+class MinSNR(Weighting):
     """min(SNR, gamma) on the error of x0 (Hang et al. 2023, section 3.4), carried over to what the network predicts.
 
     For epsilon that is min(SNR, gamma) / SNR, for v on a variance-preserving schedule min(SNR, gamma) / (SNR + 1).

@@ -55,7 +55,7 @@ class DiffusionMixin:
         if wanted != self.text.dim:
             raise InputError(f"the network's text_dim is {wanted}; the text it is given has {self.text.dim} features")
         self.text_network = self.text.network
-        if self.text.null == "learned" and self.text.encoder is not None:
+        if self.text.null_text == "learned" and self.text.encoder is not None:
             self.null_embedding = nn.Parameter(0.02 * torch.randn(self.text.encoder.dim))
         if self.execution.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -112,9 +112,9 @@ class DiffusionMixin:
     def null(self, device: torch.device) -> Text:
         """The text of no caption, for one image: zero, learned, or the empty caption's."""
         assert self.text.encoder is not None
-        if self.text.null == "empty_caption":
+        if self.text.null_text == "empty_caption":
             return self.text.encoder([""], device)
-        if self.text.null == "learned":
+        if self.text.null_text == "learned":
             vector = self.null_embedding[None]  # type: ignore[attr-defined]
         else:
             vector = torch.zeros(1, self.text.encoder.dim, device=device)
@@ -162,8 +162,7 @@ class DiffusionMixin:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return self.process.x0(self.predict(x_t, t, conditioning), x_t, t)
 
-        bound: Denoiser = guide(denoise, guidance) if guided else denoise
-        return threshold(bound, self.sampling.thresholding) if self.sampling.thresholding is not None else bound
+        return threshold(guide(denoise, guidance) if guided else denoise, self.sampling.thresholding)
 
     @torch.no_grad()
     def sample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +30,20 @@ class Diffusion:
     """The forward process and what is learnt from it.
 
     Attributes:
-        schedule: alpha and sigma over time.
-        parametrization: what the network predicts.
-        weighting: how much each noise level counts in the loss.
+        schedule: alpha and sigma over time; by default CosineSchedule.
+        parametrization: what the network predicts; by default V.
+        weighting: how much each noise level counts in the loss; by default Plain.
     """
 
-    schedule: Schedule = field(default_factory=CosineSchedule)
-    parametrization: Parametrization = field(default_factory=V)
-    weighting: Weighting = field(default_factory=Plain)
+    # None stands for the default: a configuration is written back as YAML, which cannot hold an object.
+    schedule: Schedule = None  # type: ignore[assignment]
+    parametrization: Parametrization = None  # type: ignore[assignment]
+    weighting: Weighting = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.schedule = self.schedule or CosineSchedule()
+        self.parametrization = self.parametrization or V()
+        self.weighting = self.weighting or Plain()
 
     def process(self) -> DiffusionProcess:
         return DiffusionProcess(self.schedule, self.parametrization, self.weighting)
@@ -52,17 +58,17 @@ class TextSettings:
             unconditional stage.
         network: trained with the stage over the encoder's states, e.g. a TransformerEncoder.
         drop: share of the captions replaced by the null text in training, per sample.
-        null: the text of no caption: "zero" (Imagen), "learned", or "empty_caption" (DeepFloyd IF).
+        null_text: the text of no caption: "zero" (Imagen), "learned", or "empty_caption" (DeepFloyd IF).
     """
 
     encoder: TextEncoder | None = None
     network: nn.Module | None = None
     drop: float = 0.1
-    null: str = "zero"
+    null_text: str = "zero"
 
     def __post_init__(self) -> None:
-        if self.null not in ("zero", "learned", "empty_caption"):
-            raise InputError(f"null text {self.null!r} is unknown; use 'zero', 'learned' or 'empty_caption'")
+        if self.null_text not in ("zero", "learned", "empty_caption"):
+            raise InputError(f"null_text {self.null_text!r} is unknown; use 'zero', 'learned' or 'empty_caption'")
         if not 0 <= self.drop <= 1:
             raise InputError(f"text drop {self.drop} must be in [0, 1]")
         if self.network is not None and self.encoder is not None and self.network.input_dim != self.encoder.dim:
@@ -97,20 +103,23 @@ class Sampling:
     """How the stage is sampled where nothing else is asked for; kept in the cascade's manifest.
 
     Attributes:
-        sampler: the algorithm.
+        sampler: the algorithm; by default DDIM.
         num_steps: network evaluations an image.
         guidance: classifier-free guidance weight, 1 for none.
-        thresholding: what keeps x0 in range at each step; null for nothing.
-        spacing: where along the time the steps lie.
+        thresholding: what keeps x0 in range at each step; by default StaticThresholding (NoThresholding for nothing).
+        spacing: where along the time the steps lie; by default UniformTimes.
     """
 
-    sampler: Sampler = field(default_factory=DDIM)
+    sampler: Sampler = None  # type: ignore[assignment]
     num_steps: int = 50
     guidance: float = 3.0
-    thresholding: Thresholding | None = field(default_factory=StaticThresholding)
-    spacing: Spacing = field(default_factory=UniformTimes)
+    thresholding: Thresholding = None  # type: ignore[assignment]
+    spacing: Spacing = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        self.sampler = self.sampler or DDIM()
+        self.thresholding = self.thresholding or StaticThresholding()
+        self.spacing = self.spacing or UniformTimes()
         if self.num_steps < 1:
             raise InputError(f"sampling num_steps {self.num_steps} must be at least 1")
 

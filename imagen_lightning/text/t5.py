@@ -12,13 +12,13 @@ import torch
 
 from imagen_lightning.text.cleaning import clean_caption
 from imagen_lightning.text.common import CutCounter, masked_mean, padded_length
-from imagen_lightning.types import InputError, Text
+from imagen_lightning.types import InputError, Text, TextEncoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # ByT5 is a "t5"
 
 
-class T5TextEncoder:
+class T5TextEncoder(TextEncoder):
     """A T5 encoder's last hidden states (Imagen, arXiv 2205.11487, section 2.1).
 
     Nothing is loaded or asked of the network before `dim`, `name` or the encoder itself is used, so a manifest that

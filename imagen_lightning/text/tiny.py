@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from imagen_lightning.text.common import CutCounter, masked_mean, padded_length
-from imagen_lightning.types import InputError, Text
+from imagen_lightning.types import InputError, Text, TextEncoder
 
 WORD_SHARE = 0.64
 """Share of a word vector's squared length that belongs to the whole word; the rest is its n-grams', which are shared
@@ -22,7 +22,7 @@ POSITION_SCALE = 0.2
 """Root mean square of the positions; that of the words is 1."""
 
 
-class TinyTextEncoder:
+class TinyTextEncoder(TextEncoder):
     """One fixed vector a word, made from the word's UTF-8 bytes, plus a small sinusoidal position.
 
     As in fastText (Bojanowski et al. 2017, section 3.2) a word is the sum of vectors of its n-grams (here of 1 to 3
@@ -44,12 +44,20 @@ class TinyTextEncoder:
     def __init__(self, dim: int = 128, max_tokens: int = 32, seed: int = 0) -> None:
         if dim < 1 or max_tokens < 1:
             raise InputError(f"TinyTextEncoder needs dim and max_tokens of at least 1, not {dim} and {max_tokens}")
-        self.dim = dim
+        self._dim = dim
         self.max_tokens = max_tokens
         self.seed = seed
-        self.name = f"tiny-bytes-d{dim}-s{seed}"
         self._positions = _sinusoids(max_tokens, dim)
         self._cut = CutCounter()
+
+    @property
+    def name(self) -> str:
+        """The settings that make the encoder: dim and seed."""
+        return f"tiny-bytes-d{self._dim}-s{self.seed}"
+
+    @property
+    def dim(self) -> int:
+        return self._dim
 
     @property
     def num_cut(self) -> int:

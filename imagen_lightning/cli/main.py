@@ -1,0 +1,65 @@
+"""Finds the verb, runs it, and turns what the user can mend into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from imagen_lightning import __version__
+from imagen_lightning.errors import InputError
+
+VERBS = {
+    "quickstart": ("quickstart", "train a small cascade on built-in captioned shapes, offline, and sample it"),
+    "fit": ("fit", "train one stage from a YAML"),
+    "validate": ("fit", "validation loss of a checkpoint"),
+    "test": ("fit", "run a stage's test loop, if it has one"),
+    "predict": ("fit", "run a stage's prediction loop, if it has one"),
+    "cascade": ("cascade", "chain trained stages into a cascade folder"),
+    "sample": ("sample", "captions to pictures with a cascade folder"),
+    "shards": ("shards", "make webdataset shards of captioned images"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    return (
+        "usage: imagen-lightning VERB [options]\n\n"
+        "Experiments with cascaded pixel diffusion from text.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "`imagen-lightning VERB --help` says what a verb takes; `imagen-lightning --version` prints the version."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `argv` (default: the process's arguments) and returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"imagen-lightning {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        return _refuse(f"unknown verb {verb!r}; use one of {', '.join(VERBS)}")
+    module = importlib.import_module(f"imagen_lightning.cli.{VERBS[verb][0]}")
+    arguments = argv if VERBS[verb][0] == "fit" else rest
+    try:
+        return module.main(arguments)
+    except InputError as error:
+        return _refuse(str(error))
+    except BrokenPipeError:
+        # The reader of our output (a pager, head) has gone; Python would print a traceback on closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _refuse(message: str) -> int:
+    print(f"imagen-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
