@@ -124,6 +124,11 @@ def test_validation_is_the_same_each_time_and_leaves_the_position(tmp_path):
     assert trainer.datamodule.position == 24
 
 
+def test_overfitting_repeats_the_first_batches(tmp_path):
+    module, _ = fit(shapes_data(), tmp_path, 5, overfit_batches=2)
+    assert module.keys == [*keys_of(range(8)), *keys_of(range(8)), *keys_of(range(4))]
+
+
 def test_a_second_trainer_begins_anew_and_the_same_trainer_goes_on(tmp_path):
     data = shapes_data()
     _, trainer = fit(data, tmp_path, 3)
