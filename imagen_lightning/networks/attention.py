@@ -17,8 +17,8 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 class TextAttention(nn.Module):
     """Residual attention of a feature map to itself and to the text.
 
-    With `to_self` the text's keys and values are concatenated to the map's own (Saharia et al. 2022, section 2.1); without
-    it the map attends to the text alone (cross-attention).
+    With `to_self` the text's keys and values are concatenated to the map's own (Saharia et al. 2022, section 2.1);
+    without it the map attends to the text alone (cross-attention).
 
     Args:
         channels: of the feature map.
@@ -48,7 +48,8 @@ class TextAttention(nn.Module):
 
     def text_key_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, L, head_dim) of text states (B, L, D); they do not depend on the time."""
-        assert self.text_to_kv is not None and self.text_norm is not None
+        assert self.text_to_kv is not None
+        assert self.text_norm is not None
         key, value = self.text_to_kv(self.text_norm(states)).chunk(2, dim=-1)
         return split_heads(key, self.head_dim), split_heads(value, self.head_dim)
 

@@ -40,11 +40,20 @@ class ConditionedNetwork(nn.Module):
 
     def check(self, x_t: Tensor, conditioning: Conditioning, stride: int) -> None:
         """Raises InputError where the inputs are not those the network was made for."""
-        if self.text_dim is not None and conditioning.text is None:
+        text, low_res = conditioning.text, conditioning.low_res
+        if self.text_dim is not None and text is None:
             raise InputError(f"the network has text_dim {self.text_dim} but was given no text")
-        if self.low_res != (conditioning.low_res is not None):
-            has, given = ("needs", "no") if self.low_res else ("takes no", "a")
-            raise InputError(f"the network {has} low-resolution image and was given {given} low_res")
+        if self.text_dim is not None and text is not None and text.states.shape[-1] != self.text_dim:
+            raise InputError(
+                f"the network has text_dim {self.text_dim} but its text has {text.states.shape[-1]} features"
+            )
+        if self.low_res != (low_res is not None):
+            has, given = ("needs a", "none") if self.low_res else ("takes no", "one")
+            raise InputError(f"the network {has} low-resolution image and was given {given} as low_res")
+        if low_res is not None and low_res.shape != x_t.shape:
+            raise InputError(f"low_res of shape {tuple(low_res.shape)} must be enlarged to x_t's {tuple(x_t.shape)}")
+        if low_res is not None and conditioning.aug_level is None:
+            raise InputError("the network embeds the noise level of low_res and was given no aug_level; 0 is none")
         if x_t.shape[-1] % stride or x_t.shape[-2] % stride:
             raise InputError(f"the network needs sides divisible by {stride}, got {tuple(x_t.shape[-2:])}")
 
@@ -86,12 +95,14 @@ class ConditionedNetwork(nn.Module):
 
 
 def per_level(value: int | list[int] | tuple[int, ...], levels: int, name: str) -> list[int]:
-    """One number a level, from one number for all or a list.
+    """One number of at least 1 a level, from one number for all or a list.
 
     Raises:
-        InputError: the list's length differs from the number of levels.
+        InputError: the list's length differs from the number of levels, or a number is below 1.
     """
     numbers = [value] * levels if isinstance(value, int) else list(value)
     if len(numbers) != levels:
         raise InputError(f"{name} {numbers} has {len(numbers)} entries for {levels} levels")
+    if any(number < 1 for number in numbers):
+        raise InputError(f"{name} {numbers} must be at least 1 at every level")
     return numbers

@@ -20,14 +20,15 @@ ATTENTION_FORMS = ("none", "self", "cross")
 class EfficientUNet(ConditionedNetwork):
     """U-Net that keeps its parameters at low resolution.
 
-    Every level halves the map before its blocks (the first too) and doubles it after them; skips are scaled by 1/sqrt(2).
+    Every level halves the map before its blocks (the first too) and doubles it after them; skips are scaled by
+    1/sqrt(2).
 
     Args:
         dim: unit of the channels. Imagen's 64 -> 256: 128.
         multipliers: channels of each level, in units of dim; level i works at size / patch_size / 2^(i+1).
         num_blocks: residual blocks a level, one number or one a level. Imagen: 2, 4, 8, 8.
-        attention: for each level "none", "self" (self-attention with the text concatenated; 64 -> 256 at its lowest level)
-            or "cross" (to the text alone; 256 -> 1024).
+        attention: for each level "none", "self" (self-attention with the text concatenated; 64 -> 256 at its lowest
+            level) or "cross" (to the text alone; 256 -> 1024).
         text_dim: D of the text states; None for a network without text.
         low_res: whether it takes a low-resolution image.
         patch_size: side of pixel patches folded into channels at the input and unfolded at the output.

@@ -17,14 +17,15 @@ from imagen_lightning.types import Conditioning, InputError
 class UNet(ConditionedNetwork):
     """U-Net with text in its attention and its time embedding.
 
-    Text states are concatenated to the self-attention's keys and values, pooled text is added to the time embedding, which
-    scales and shifts every residual block. Levels are joined by residual blocks that halve or double the map.
+    Text states are concatenated to the self-attention's keys and values, pooled text is added to the time embedding,
+    which scales and shifts every residual block. Levels are joined by residual blocks that halve or double the map.
 
     Args:
         dim: channels of the first level. Imagen's base: 512.
         multipliers: channels of each level, in units of dim.
         num_blocks: residual blocks a level, one number or one a level.
-        attention: for each level, whether its blocks are followed by attention; level i works at size / patch_size / 2^i.
+        attention: for each level, whether its blocks are followed by attention; level i works at
+            size / patch_size / 2^i.
         text_dim: D of the text states; None for a network without text.
         low_res: whether it takes a low-resolution image (super-resolution).
         patch_size: side of pixel patches folded into channels at the input and unfolded at the output (Hoogeboom et al.

@@ -1,0 +1,258 @@
+"""What holds for both U-Nets."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from imagen_lightning.components import build, describe
+from imagen_lightning.networks import EfficientUNet, UNet
+from imagen_lightning.types import Conditioning, InputError, Text
+
+TEXT_DIM, LENGTH, SIZE = 6, 5, 8
+SMALL = {"dim": 8, "multipliers": [1, 2], "num_blocks": [1, 2], "head_dim": 4, "groups": 4}
+BASE = {**SMALL, "attention": [False, True]}
+EFFICIENT = {**SMALL, "attention": ["none", "self"]}
+NETWORKS = {
+    "unet": (UNet, {**BASE, "text_dim": TEXT_DIM}),
+    "unet patch 2": (UNet, {**BASE, "text_dim": TEXT_DIM, "patch_size": 2}),
+    "unet low_res": (UNet, {**BASE, "text_dim": TEXT_DIM, "low_res": True, "attention": [True, True]}),
+    "unet no text": (UNet, BASE),
+    "efficient": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM}),
+    "efficient cross": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM, "attention": ["none", "cross"]}),
+    "efficient patch 2": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM, "patch_size": 2}),
+    "efficient no text": (EfficientUNet, EFFICIENT),
+}
+
+
+def make(name, **changes):
+    cls, arguments = NETWORKS[name]
+    torch.manual_seed(0)
+    network = cls(**{**arguments, **changes})
+    for parameter in network.parameters():  # layers that begin at zero hide what lies before them
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+def make_inputs(network, size=SIZE, batch=3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    height, width = (size, size) if isinstance(size, int) else size
+    text = low_res = level = None
+    if network.text_dim is not None:
+        mask = torch.ones(batch, LENGTH, dtype=torch.bool)
+        mask[0, 3:] = False
+        text = Text(randn(batch, LENGTH, TEXT_DIM), mask, randn(batch, TEXT_DIM))
+    if network.low_res:
+        low_res, level = randn(batch, 3, height, width), torch.rand(batch, generator=generator)
+    time = 1000 * torch.rand(batch, generator=generator)
+    return randn(batch, 3, height, width), time, Conditioning(text, low_res, level)
+
+
+def rows(conditioning, index):
+    text = conditioning.text
+    return Conditioning(
+        None if text is None else Text(text.states[index], text.mask[index], text.pooled[index]),
+        None if conditioning.low_res is None else conditioning.low_res[index],
+        None if conditioning.aug_level is None else conditioning.aug_level[index],
+    )
+
+
+def near(first, second):
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=NETWORKS)
+def name(request):
+    return request.param
+
+
+def test_the_gradient_reaches_every_parameter(name):
+    network = make(name)
+    inputs = make_inputs(network)
+    output = network(*inputs)
+    assert output.shape == inputs[0].shape
+    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
+    untouched = [n for n, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert untouched == []
+
+
+@torch.no_grad()
+def test_a_fresh_network_says_zero(name):
+    cls, arguments = NETWORKS[name]
+    network = cls(**arguments)
+    assert network(*make_inputs(network)).abs().max() == 0
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_mix(name):
+    network = make(name)
+    x, time, conditioning = make_inputs(network)
+    whole = network(x, time, conditioning)
+    for index in ([2, 0, 1], [1], [0, 2]):
+        assert near(network(x[index], time[index], rows(conditioning, index)), whole[index])
+
+
+@torch.no_grad()
+def test_each_input_matters(name):
+    network = make(name)
+    x, time, conditioning = make_inputs(network)
+    whole = network(x, time, conditioning)
+
+    def differs(*inputs):
+        return not near(network(*inputs), whole)
+
+    assert differs(x + 0.5 * torch.randn_like(x), time, conditioning)
+    assert differs(x, time + 100, conditioning)
+    text = conditioning.text
+    if text is not None:
+        assert differs(x, time, replace(conditioning, text=replace(text, states=text.states.flip(0))))
+        assert differs(x, time, replace(conditioning, text=replace(text, pooled=text.pooled.flip(0))))
+        assert differs(x, time, replace(conditioning, text=replace(text, mask=None)))
+    if conditioning.low_res is not None:
+        assert differs(x, time, replace(conditioning, low_res=conditioning.low_res.flip(0)))
+        assert differs(x, time, replace(conditioning, aug_level=1 - conditioning.aug_level))
+
+
+@torch.no_grad()
+def test_padding_of_the_text_changes_nothing(name):
+    network = make(name)
+    x, time, conditioning = make_inputs(network)
+    text = conditioning.text
+    if text is None:
+        return
+    whole = network(x, time, conditioning)
+    padded = Text(
+        torch.cat([text.states, 100 * torch.randn(3, 4, TEXT_DIM)], dim=1),
+        torch.cat([text.mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1),
+        text.pooled,
+    )
+    assert near(network(x, time, replace(conditioning, text=padded)), whole)
+    other = text.states.clone()
+    other[0, 3:] = 7.0
+    assert near(network(x, time, replace(conditioning, text=replace(text, states=other))), whole)
+    every = replace(text, mask=torch.ones_like(text.mask))
+    without = replace(text, mask=None)
+    assert near(*(network(x, time, replace(conditioning, text=t)) for t in (every, without)))
+
+
+@torch.no_grad()
+def test_precomputed_keys_and_values_give_the_same(name):
+    network = make(name)
+    x, time, conditioning = make_inputs(network)
+    ready = network.precompute(conditioning)
+    assert bool(ready.key_values) == (conditioning.text is not None)
+    assert torch.equal(network(x, time, ready), network(x, time, conditioning))
+    if conditioning.text is not None:  # and are used: the states are read no more
+        blank = replace(ready, text=replace(ready.text, states=torch.zeros_like(ready.text.states)))
+        assert torch.equal(network(x, time, blank), network(x, time, conditioning))
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same(name):
+    network = make(name)
+    x, time, conditioning = make_inputs(network)
+    plain = network(x, time, conditioning)
+    network.to(memory_format=torch.channels_last)
+    assert near(network(x.to(memory_format=torch.channels_last), time, conditioning), plain)
+
+
+@torch.no_grad()
+def test_bf16_autocast_is_close_and_finite(name):
+    network = make(name)
+    inputs = make_inputs(network)
+    plain = network(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network(*inputs).float()
+    assert (low - plain).norm() < 0.1 * plain.norm()
+
+
+@torch.no_grad()
+def test_sides_are_multiples_of_the_stride(name):
+    network = make(name)
+    stride = network.stride
+    assert network(*make_inputs(network, (3 * stride, 5 * stride))).shape[-2:] == (3 * stride, 5 * stride)
+    with pytest.raises(InputError, match=f"divisible by {stride}"):
+        network(*make_inputs(network, (3 * stride, 5 * stride + 1)))
+
+
+def test_the_network_is_a_component(name):
+    network = make(name)
+    again = build(describe(network))
+    again.load_state_dict(network.state_dict())
+    inputs = make_inputs(network)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(*inputs), network(*inputs))
+
+
+@torch.no_grad()
+def test_without_low_res():
+    network = make("efficient", low_res=False)
+    x, time, conditioning = make_inputs(network)
+    assert network(x, time, conditioning).shape == x.shape
+    with pytest.raises(InputError, match="takes no low-resolution image"):
+        network(x, time, replace(conditioning, low_res=x))
+
+
+def test_conditioning_that_does_not_fit():
+    network = make("efficient")
+    x, time, conditioning = make_inputs(network)
+    wide = replace(conditioning.text, states=torch.zeros(3, LENGTH, TEXT_DIM + 1))
+    for change, message in [
+        ({"text": None}, f"text_dim {TEXT_DIM} but was given no text"),
+        ({"text": wide}, f"has {TEXT_DIM + 1} features"),
+        ({"low_res": None}, "needs a low-resolution image"),
+        ({"low_res": x[..., ::2, ::2]}, "must be enlarged"),
+        ({"aug_level": None}, "no aug_level"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            network(x, time, replace(conditioning, **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("unet", {"num_blocks": [1, 2, 3]}, "3 entries for 2 levels"),
+        ("unet", {"num_blocks": [1, 0]}, "at least 1"),
+        ("efficient", {"num_blocks": 0}, "at least 1"),
+        ("unet", {"attention": [True]}, "1 entries for 2 levels"),
+        ("unet", {"groups": 3}, "groups 3"),
+        ("efficient", {"groups": 3}, "groups 3"),
+        ("unet", {"head_dim": 5}, "head_dim 5"),
+        ("efficient", {"attention": ["none", "all"]}, "'all'"),
+        ("efficient", {"attention": ["none"]}, "each of 2 levels"),
+        ("efficient no text", {"attention": ["none", "cross"]}, "needs text"),
+    ],
+)
+def test_arguments_that_do_not_fit(name, change, message):
+    cls, arguments = NETWORKS[name]
+    with pytest.raises(InputError, match=message):
+        cls(**{**arguments, **change})
+
+
+@torch.no_grad()
+def test_levels_have_the_sizes_and_widths_that_the_papers_say():
+    sizes = []
+
+    def watch(network):
+        def note(module, inputs, output):
+            sizes.append(tuple(output.shape[1:3]))
+
+        for name, module in network.named_modules():
+            if name.startswith("down_blocks") and name.endswith("conv2"):
+                module.register_forward_hook(note)
+
+    network = make("unet", multipliers=[1, 2, 3], num_blocks=1, attention=[False, False, False])
+    watch(network)
+    network(*make_inputs(network, 16))
+    # blocks of each level, and between them those that halve the map
+    assert sizes == [(8, 16), (8, 8), (16, 8), (16, 4), (24, 4)]
+    sizes.clear()
+    network = make("efficient", multipliers=[1, 2, 3], num_blocks=1, attention=["none", "none", "self"])
+    watch(network)
+    network(*make_inputs(network, 16))
+    assert sizes == [(8, 8), (16, 4), (24, 2)]
