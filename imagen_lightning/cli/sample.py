@@ -1,0 +1,206 @@
+"""`imagen-lightning sample FOLDER --prompt "…" --out DIR`: pictures from a cascade."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagen_lightning import __version__
+from imagen_lightning.cli.arguments import Parser, one_or_each
+from imagen_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from imagen_lightning.cascade import Samples
+
+RECORD = "samples.json"
+GRID_IMAGES = 64
+GRID_WIDTH = 6
+GRID_CELL = 192
+
+
+def parser() -> Parser:
+    made = Parser("sample", description="Draws pictures from a cascade folder.")
+    made.add_argument("cascade", metavar="FOLDER", help="a cascade folder")
+    made.add_argument("--prompt", metavar="CAPTION", action="append", default=[], help="may be given several times")
+    made.add_argument("--prompts", metavar="FILE", help="UTF-8 text, one caption a line; blank lines are skipped")
+    made.add_argument("--num-images", type=int, default=1, metavar="N", help="images a caption (default 1)")
+    made.add_argument("--seed", type=int, default=0, help="image i's noise depends on the seed and i alone (default 0)")
+    each = "; one value, or one a stage as in %(metavar)s (default: the cascade's)"
+    made.add_argument("--guidance", type=one_or_each(float), metavar="3,1", help=f"guidance weight, 1 for none{each}")
+    made.add_argument("--steps", type=one_or_each(int), metavar="25,15", help=f"sampling steps{each}")
+    made.add_argument("--sampler", type=one_or_each(str), metavar="dpmpp,ddim", help=f"ddpm, ddim, dpmpp …{each}")
+    made.add_argument(
+        "--aug-level",
+        type=one_or_each(float),
+        metavar="0,0.1",
+        help=f"noise on the low-resolution image, in [0, 1]{each}",
+    )
+    made.add_argument("--negative-prompt", metavar="CAPTION", help="what to steer away from, where guidance is not 1")
+    made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
+    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
+    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
+    made.add_argument("--low-res", metavar="FILE", help="a square picture to start from; with --start-stage")
+    made.add_argument(
+        "--start-stage",
+        metavar="STAGE",
+        help="number or name of the first stage to run (default 0; with --low-res the first super-resolution)",
+    )
+    made.add_argument("--out", metavar="DIR", required=True, help="folder for 00000.png …, grid.png, samples.json")
+    made.add_trust()
+    return made
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    out = Path(arguments.out)
+    _refuse_used(out)
+    if arguments.num_images < 1:
+        raise InputError(f"--num-images {arguments.num_images} must be at least 1")
+    prompts = _prompts(arguments.prompt, arguments.prompts)
+    low_res = _read_picture(arguments.low_res) if arguments.low_res is not None else None
+
+    import torch
+    from tqdm import tqdm
+
+    from imagen_lightning.cascade import Cascade
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cascade = Cascade.load(arguments.cascade, device, trust=arguments.trust)
+    if not prompts:
+        if any(stage.text.encoder is not None for stage in cascade.stages):
+            raise InputError("there are no captions; give --prompt or --prompts")
+        prompts = [""]
+    captions = [prompt for prompt in prompts for _ in range(arguments.num_images)]
+    start_stage = arguments.start_stage
+    if start_stage is None:
+        start_stage = 1 if low_res is not None and cascade.names[0] == "base" else 0
+
+    with tqdm(unit="step") as bar:
+
+        def progress(done: int, total: int, stage: str) -> None:
+            bar.total = total
+            bar.set_description(stage, refresh=False)
+            bar.update(done - bar.n)
+
+        samples = cascade.sample(
+            captions,
+            seed=arguments.seed,
+            guidance=arguments.guidance,
+            steps=arguments.steps,
+            sampler=arguments.sampler,
+            aug_level=arguments.aug_level,
+            negative=arguments.negative_prompt,
+            images=[low_res] * len(captions) if low_res is not None else None,
+            start_stage=start_stage,
+            batch_size=arguments.batch_size,
+            precision=arguments.precision,
+            progress=progress,
+        )
+    files = [f"{index:05d}.png" for index in range(len(captions))]
+    record = {
+        "cascade": arguments.cascade,
+        "versions": {"imagen_lightning": __version__, "torch": torch.__version__},
+        "device": str(cascade.device),
+        "precision": arguments.precision,
+        "batch_size": arguments.batch_size,
+        "negative_prompt": arguments.negative_prompt,
+        "low_res": arguments.low_res,
+        "stages": [setting.described() for setting in samples.settings],
+        "samples": [
+            {"file": file, "prompt": caption, "seed": arguments.seed, "index": index}
+            for index, (file, caption) in enumerate(zip(files, captions))
+        ],
+    }
+    _write(out, files, samples, captions, record)
+    print(f"Wrote {len(captions)} images, grid.png and samples.json to {arguments.out}")
+    return 0
+
+
+def _refuse_used(out: Path) -> None:
+    """Raises InputError where `out` holds samples or cannot be written, before time is spent on sampling."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {str(out)!r} cannot be written: {str(there)!r} is no folder, or not yours to write")
+    used = sorted([*out.glob(RECORD), *out.glob("*.png")])
+    if used:
+        raise InputError(f"--out {str(out)!r} holds earlier samples ({used[0].name}); give another folder")
+
+
+def _prompts(given: list[str], file: str | None) -> list[str]:
+    """The captions of the options and then of the file."""
+    for number, prompt in enumerate(given, 1):
+        if not prompt.strip():
+            raise InputError(f"--prompt number {number} is empty; give a caption")
+        if not _is_unicode(prompt):
+            raise InputError(f"--prompt number {number} {prompt!a} is not UTF-8; write it in UTF-8")
+    if file is None:
+        return given
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {file!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"--prompts {file!r} cannot be read: {error.strerror}") from error
+    read = [line.strip() for line in lines if line.strip()]
+    if not read:
+        raise InputError(f"--prompts {file!r} holds no caption; write one a line")
+    return [*given, *read]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
+        return False
+    return True
+
+
+def _read_picture(file: str) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (
+            "no such file" if isinstance(error, FileNotFoundError) else f"it is no picture that Pillow reads ({error})"
+        )
+        raise InputError(f"--low-res {file!r} cannot be read: {reason}") from error
+
+
+def _write(out: Path, files: list[str], samples: Samples, captions: list[str], record: dict[str, Any]) -> None:
+    """Puts pictures, grid and record into `out`, which may hold other files, once all are made, the record last."""
+    from imagen_lightning.images import to_pil
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".samples-", dir=out) as partial:
+            for file, image in zip(files, samples.images):
+                to_pil(image).save(Path(partial, file))
+            _grid(samples, captions).save(Path(partial, "grid.png"))
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            Path(partial, RECORD).write_text(text, encoding="utf-8")
+            for file in (*files, "grid.png", RECORD):
+                Path(partial, file).replace(out / file)
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+
+
+def _grid(samples: Samples, captions: list[str]) -> Image.Image:
+    """The pictures of every stage side by side, final ones with their captions under them; the first GRID_IMAGES."""
+    from imagen_lightning.images import grid
+
+    num_stages, size = len(samples.stages), samples.images.shape[-1]
+    count = min(len(captions), GRID_IMAGES)
+    cells = [stage[index] for index in range(count) for stage in samples.stages]
+    notes = [f"{setting.stage}, {stage.shape[-1]} px" for setting, stage in zip(samples.settings, samples.stages)]
+    texts = [text for caption in captions[:count] for text in [*notes[:-1], caption]]
+    width = num_stages * max(1, GRID_WIDTH // num_stages)
+    rows = [cells[first : first + width] for first in range(0, len(cells), width)]
+    return grid(rows, texts, cell=size * math.ceil(GRID_CELL / size))
