@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+# isort: split
+from lightning.pytorch.core import saving
+
 from imagen_lightning.components import build, describe_args
 from imagen_lightning.diffusion import DiffusionProcess, guide, threshold
 from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
@@ -267,3 +271,6 @@ class DiffusionMixin:
 def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
     """What `load_from_checkpoint` makes a stage with."""
     return cls(**{name: build(value) for name, value in arguments.items()})
+
+
+saving._ALLOWED_INSTANTIATORS.add(f"{__name__}.{instantiate.__name__}")  # Lightning runs no other that a file names
