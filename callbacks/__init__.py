@@ -1,0 +1,29 @@
+"""What happens beside a training step: averaging, checkpoints, samples, measurements, and the run folder's loggers."""
+
+from imagen_lightning.callbacks.checkpoint import Checkpoint, NonFiniteWeightsError, find_last, interrupted
+from imagen_lightning.callbacks.ema import EMA, averaged_weights
+from imagen_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
+from imagen_lightning.callbacks.loggers import RunCSVLogger, wandb_logger
+from imagen_lightning.callbacks.noise_level_loss import NoiseLevelLoss
+from imagen_lightning.callbacks.run_folder import read_run_info, run_dir, update_run_info
+from imagen_lightning.callbacks.sample_grid import SampleGrid
+from imagen_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "FiniteLoss",
+    "NoiseLevelLoss",
+    "NonFiniteLossError",
+    "NonFiniteWeightsError",
+    "RunCSVLogger",
+    "SampleGrid",
+    "Throughput",
+    "averaged_weights",
+    "find_last",
+    "interrupted",
+    "read_run_info",
+    "run_dir",
+    "update_run_info",
+    "wandb_logger",
+]

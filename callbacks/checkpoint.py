@@ -1,0 +1,250 @@
+"""Checkpoints: after optimizer steps only, whole or not at all, and on signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+import lightning.pytorch as pl  # isort: skip
+from lightning.pytorch import callbacks  # isort: skip
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # isort: skip
+
+from imagen_lightning.callbacks.loggers import RunCSVLogger
+from imagen_lightning.callbacks.rng import rng_states, set_rng_states
+from imagen_lightning.callbacks.run_folder import run_dir
+from imagen_lightning.callbacks.throughput import uncounted
+from imagen_lightning.types import InputError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+LAST = "last.ckpt"
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_STEP = re.compile(r"step-(\d+)\.ckpt")
+
+
+class NonFiniteWeightsError(RuntimeError):
+    """Weights that are not finite were about to be saved over good ones."""
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it.
+
+    Lightning's own writer holds a second copy in memory and moves it over from the system's temporary folder, which is
+    not atomic between file systems.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            torch.save(checkpoint, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Checkpoint(callbacks.Checkpoint):
+    """Writes RUN/checkpoints/step-N.ckpt after every n-th optimizer step, and last.ckpt at the end of training.
+
+    It is written after an optimizer step, when the EMA has been updated, and never inside validation or after the EMA
+    has taken the weights' place. It holds the global random states of every process beside Lightning's own content, so
+    that a resumed run is the uninterrupted one, and plain data only (`torch.load(weights_only=True)`).
+
+    SIGTERM, SIGINT and SIGUSR1 end training: the step is finished, its checkpoint written, `interrupted` set, and `fit`
+    returns. A second SIGINT stops at once. Lightning's own handlers, which save from inside the signal, stand back.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many of the newest stay; an older one goes only when the newer is whole.
+
+    Attributes:
+        interrupted: the signal that ended training, or None.
+
+    Raises:
+        InputError: a number below 1.
+        NonFiniteWeightsError: in training, before weights that are not finite would be saved.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, keep: int = 2) -> None:
+        super().__init__()
+        if every_n_steps < 1 or keep < 1:
+            raise InputError(f"Checkpoint every_n_steps {every_n_steps} and keep {keep} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.interrupted: signal.Signals | None = None
+        self._signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._seen_step = self._saved_step = 0
+        self._rng: list[dict[str, Any]] = []
+
+    # ---- training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFileIO()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = self._saved_step = trainer.global_step
+        self._signal = self.interrupted = None
+        if trainer.global_rank < len(self._rng):
+            set_rng_states(self._rng[trainer.global_rank], pl_module.device)
+        self._rng = []
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.rewind(trainer.global_step)
+        self._install_handlers()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._seen_step:
+            return  # gradients are still accumulating
+        self._seen_step = trainer.global_step
+        self.interrupted = self._agreed_signal(trainer)
+        if self.interrupted is not None:
+            trainer.should_stop = True
+            trainer.fit_loop.epoch_loop._skip_next_val = True  # stopping would validate first
+        stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if stopping or trainer.global_step == trainer.max_steps:
+            self._save(trainer, pl_module, last=True)
+        elif trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Stopped by its validation, or by max_epochs: the weights are the trained ones still.
+        at_end = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        if (trainer.should_stop or at_end) and trainer.global_step > self._saved_step:
+            self._save(trainer, pl_module, last=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_handlers()
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder, step = run_dir(trainer) / FOLDER, trainer.global_step
+        path = folder / f"step-{step}.ckpt"
+        with uncounted(trainer):
+            self._check_finite(trainer, pl_module)
+            trainer.save_checkpoint(path, weights_only=False)
+            self._saved_step = step
+            if trainer.is_global_zero:
+                if last:
+                    _link(path, folder / LAST)
+                older = sorted(number for number in _steps(folder) if number < step)
+                for number in older[: max(len(older) - (self.keep - 1), 0)]:
+                    (folder / f"step-{number}.ckpt").unlink()
+            trainer.strategy.barrier("imagen_lightning.Checkpoint")
+
+    def _check_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        finite = [parameter.detach().isfinite().all() for parameter in pl_module.parameters()]
+        if trainer.strategy.reduce_boolean_decision(not finite or bool(torch.stack(finite).all()), all=True):
+            return
+        bad = next((n for (n, _), good in zip(pl_module.named_parameters(), finite) if not good), "on another process")
+        good = find_last(run_dir(trainer))
+        raise NonFiniteWeightsError(
+            f"weights are not finite after step {trainer.global_step} (first: {bad}) and were not saved; "
+            f"{f'{good} is the last good checkpoint' if good else 'there is no earlier checkpoint'}; try a lower "
+            "learning rate, trainer.gradient_clip_val 1.0, or precision bf16-mixed in place of 16-mixed"
+        )
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        own = rng_states("cuda" if torch.cuda.is_initialized() else "cpu")
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"rng": [own]}
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return {"rng": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rng = state_dict["rng"]  # set when training starts: making the loaders draws from the generators
+
+    # ---- signals
+
+    def _install_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread() and not self._previous:
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _restore_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._previous.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+        text = f"\n{self._signal.name}: the step is finished and a checkpoint written; Ctrl-C stops at once\n"
+        os.write(2, text.encode())  # print is not safe inside a signal
+
+    def _agreed_signal(self, trainer: pl.Trainer) -> signal.Signals | None:
+        """The signal that any process received."""
+        if trainer.world_size == 1:
+            return self._signal
+        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            return None
+        return self._signal or signal.SIGTERM
+
+
+def interrupted(trainer: pl.Trainer) -> signal.Signals | None:
+    """The signal that ended the trainer's run, or None."""
+    found = (callback.interrupted for callback in trainer.callbacks if isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
+    return next((number for number in found if number is not None), None)
+
+
+def find_last(run_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None; broken ones are named in the log and passed over."""
+    folder = Path(run_dir) / FOLDER
+    candidates = [folder / f"step-{number}.ckpt" for number in sorted(_steps(folder), reverse=True)]
+    if (folder / LAST).is_file():
+        candidates.append(folder / LAST)
+    for path in candidates:
+        if _is_whole(path):
+            return path
+        log.warning("%s is broken and passed over", path)
+    return None
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _link(path: Path, link: Path) -> None:
+    """Makes `link` another name of the file, or a copy where the file system has no hard links."""
+    partial = link.with_name(link.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    os.replace(partial, link)

@@ -1,0 +1,185 @@
+"""Loggers of a run folder: metrics.csv always, Weights & Biases offline unless a key is present."""
+
+from __future__ import annotations
+
+import csv
+import io
+import netrc
+import os
+import secrets
+import time
+from argparse import Namespace
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+from lightning.pytorch.loggers import Logger, WandbLogger  # isort: skip
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
+
+from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info, write_text
+from imagen_lightning.types import InputError
+
+METRICS = "metrics.csv"
+_FLUSH_SHARE = 0.02  # of the time may go into writing the file
+
+
+class RunCSVLogger(Logger):
+    """Keeps RUN/metrics.csv: one row a step, one column a metric, in the order in which they first appeared.
+
+    The file is always whole: each flush writes it anew beside its place and renames it. Rows of an earlier part of the
+    run are kept; `rewind` drops those that a resumed run will measure again. Hyperparameters are ignored: config.yaml
+    has them.
+
+    Args:
+        run_dir: the run folder.
+
+    Raises:
+        InputError: metrics.csv exists and is no table of steps.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__()
+        self.run_dir = str(run_dir)
+        self._path = Path(run_dir) / METRICS
+        self._columns: list[str] = []
+        self._rows: list[dict[str, str]] = []
+        self._steps: list[int] = []
+        self._dirty = False
+        self._next_flush = 0.0
+        if self._path.exists():
+            self._read()
+
+    @property
+    def name(self) -> str:
+        return Path(self.run_dir).name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return self.run_dir
+
+    @property
+    def log_dir(self) -> str:
+        return self.run_dir
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds numbers to the row of `step`; a number logged twice at a step keeps its last value."""
+        step = int(step or 0)
+        place = bisect_left(self._steps, step)
+        if place == len(self._steps) or self._steps[place] != step:
+            self._steps.insert(place, step)
+            self._rows.insert(place, {})
+        for key, value in metrics.items():
+            self._rows[place][key] = repr(value.item() if hasattr(value, "item") else value)
+            if key not in self._columns:
+                self._columns.append(key)
+        self._dirty = True
+        if time.monotonic() >= self._next_flush:
+            self._flush()
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drops the rows of `step` and beyond: a run that goes on from its checkpoint at `step` logs them again."""
+        place = bisect_left(self._steps, step)
+        self._dirty |= place < len(self._steps)
+        del self._steps[place:], self._rows[place:]
+        used = {key for row in self._rows for key in row}
+        self._columns = [key for key in self._columns if key in used]
+
+    def save(self) -> None:
+        """Lightning calls this after each of its own rows; the file is written when that costs little of the time."""
+        if time.monotonic() >= self._next_flush:
+            self._flush()
+
+    def finalize(self, status: str) -> None:
+        self._flush()
+
+    @rank_zero_only
+    def _flush(self) -> None:
+        if not self._dirty:
+            return
+        start = time.monotonic()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["step", *self._columns], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"step": step, **row} for step, row in zip(self._steps, self._rows))
+        write_text(self._path, text.getvalue())
+        self._dirty = False
+        end = time.monotonic()
+        self._next_flush = end + (end - start) / _FLUSH_SHARE
+
+    def _read(self) -> None:
+        try:
+            with self._path.open(encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                self._columns = list(reader.fieldnames or ["step"])
+                self._columns.remove("step")
+                rows = {int(row.pop("step")): row for row in reader}
+        except (ValueError, TypeError, csv.Error):
+            raise InputError(f"{self._path} is no table of steps; move it out of the run folder") from None
+        self._steps = sorted(rows)
+        self._rows = [{key: value for key, value in rows[step].items() if value} for step in self._steps]
+
+
+def wandb_logger(
+    run_dir: str | Path,
+    project: str,
+    config: dict[str, Any],
+    name: str | None = None,
+    job_type: str | None = None,
+    group: str | None = None,
+) -> WandbLogger:
+    """A Weights & Biases logger of a run folder; run.json keeps its id, so that a stopped run goes on as the same run.
+
+    It is offline unless a key is at hand (WANDB_API_KEY, or `wandb login` was run), and WANDB_MODE decides where it is
+    set. Its files lie in RUN/wandb; `wandb sync RUN/wandb/offline-*` uploads them later. Models are never uploaded.
+
+    Args:
+        run_dir: the run folder.
+        project: the project's name.
+        config: the resolved configuration, plain data.
+        name: of the run; by default its folder's name.
+        job_type: e.g. "fit".
+        group: e.g. a cascade or a sweep that the run belongs to.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = read_run_info(folder).get("wandb_id") or secrets.token_hex(4)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        update_run_info(folder, wandb_id=identity)
+    mode = None if os.environ.get("WANDB_MODE") else "online" if _has_wandb_key() else "offline"
+    logger = WandbLogger(
+        save_dir=str(folder),
+        id=identity,
+        project=project,
+        name=name or folder.resolve().name,
+        config=config,
+        allow_val_change=True,
+        job_type=job_type,
+        group=group,
+        mode=mode,
+    )
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes what W&B no longer knows and warns of
+    return logger
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would find a key, without asking the network."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

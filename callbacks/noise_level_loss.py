@@ -1,0 +1,114 @@
+"""The loss by noise level and by augmentation level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+import lightning.pytorch as pl  # isort: skip
+
+from imagen_lightning.callbacks.run_folder import log_metrics
+from imagen_lightning.stages import StepRecord
+from imagen_lightning.types import InputError
+
+
+class LevelMeans:
+    """Mean losses in equal bins of a level in [0, 1].
+
+    Args:
+        num_bins: how many bins.
+    """
+
+    def __init__(self, num_bins: int) -> None:
+        self.num_bins = num_bins
+        self.totals: Tensor | None = None  # (2, num_bins): sums of losses, numbers of samples
+
+    def add(self, levels: Tensor, losses: Tensor) -> None:
+        """Takes in (B,) levels and losses; waits for no device."""
+        bins = (levels.float() * self.num_bins).long().clamp(0, self.num_bins - 1)
+        new = torch.zeros(2, self.num_bins, device=losses.device)
+        new[0].index_add_(0, bins, losses.float())
+        new[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+        self.totals = new if self.totals is None else self.totals + new
+
+    def pop(self, trainer: pl.Trainer, device: torch.device) -> dict[str, float]:
+        """The means over all processes by bin ("0.00-0.10"), without empty bins; begins anew. All processes call it."""
+        totals, self.totals = self.totals, None
+        if totals is None:
+            totals = torch.zeros(2, self.num_bins, device=device)
+        sums, counts = trainer.strategy.reduce(totals, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        width = 1 / self.num_bins
+        return {
+            f"{i * width:.2f}-{(i + 1) * width:.2f}": sums[i] / counts[i] for i in range(self.num_bins) if counts[i]
+        }
+
+
+class NoiseLevelLoss(pl.Callback):
+    """Logs the mean loss in bins of the time t (0 is data, 1 is noise) and of the augmentation level.
+
+    `train/loss_t/0.00-0.10`, … are means since they were last logged; `val/loss_t/…` and, in super-resolution stages,
+    `train/loss_aug/…` and `val/loss_aug/…` likewise. Means are over all processes.
+
+    Args:
+        num_bins: bins of [0, 1], at most 100.
+        every_n_steps: optimizer steps between two loggings of the training loss.
+    """
+
+    def __init__(self, num_bins: int = 10, every_n_steps: int = 100) -> None:
+        if not 1 <= num_bins <= 100 or every_n_steps < 1:
+            raise InputError(
+                f"NoiseLevelLoss num_bins {num_bins} must be in 1..100, every_n_steps {every_n_steps} at least 1"
+            )
+        self.num_bins = num_bins
+        self.every_n_steps = every_n_steps
+        self._means = {
+            (part, level): LevelMeans(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")
+        }
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._add("train", pl_module)
+        if trainer.global_step > self._seen_step and trainer.global_step % self.every_n_steps == 0:
+            self._log("train", trainer, pl_module)
+        self._seen_step = trainer.global_step
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._add("val", pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._log("val", trainer, pl_module)
+
+    def _add(self, part: str, pl_module: pl.LightningModule) -> None:
+        record = getattr(pl_module, "record", None)
+        if isinstance(record, StepRecord):
+            self._means[part, "loss_t"].add(record.times, record.losses)
+            if record.aug_level is not None:
+                self._means[part, "loss_aug"].add(record.aug_level, record.losses)
+
+    def _log(self, part: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {
+            f"{part}/{level}/{bin_name}": mean
+            for level in ("loss_t", "loss_aug")
+            for bin_name, mean in self._means[part, level].pop(trainer, pl_module.device).items()
+        }
+        if metrics:
+            log_metrics(trainer, metrics)

@@ -1,0 +1,190 @@
+"""Samples of fixed prompts and seeds while a stage trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+import lightning.pytorch as pl  # isort: skip
+from lightning.pytorch.loggers import WandbLogger  # isort: skip
+
+from imagen_lightning.callbacks.checkpoint import interrupted
+from imagen_lightning.callbacks.ema import averaged_weights
+from imagen_lightning.callbacks.rng import untouched_rng
+from imagen_lightning.callbacks.run_folder import run_dir, write_json
+from imagen_lightning.callbacks.throughput import uncounted
+from imagen_lightning.components import describe
+from imagen_lightning.diffusion.random import seeded_generator
+from imagen_lightning.images import downsample, grid, save_png, to_float, to_pil, to_uint8
+from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
+from imagen_lightning.types import InputError
+
+FOLDER = "samples"
+
+
+class SampleGrid(pl.Callback):
+    """Draws the same captions from the same seeds every n steps, with the weights of the EMA where there is one.
+
+    RUN/samples/STEP/ holds 00000.png, …, grid.png and samples.json; the grid goes to W&B too. A super-resolution stage
+    enlarges the first validation images: its grid has the low-resolution input, the output and the truth in three rows.
+    The first process samples, the others go on; training is the same to the bit as without. List it behind the EMA.
+
+    Args:
+        prompts: captions, one an image. A super-resolution stage needs none: the validation images have their own, and
+            given prompts take their place.
+        num_images: how many validation images a super-resolution stage enlarges without prompts.
+        every_n_steps: optimizer steps between two grids.
+        at_end: whether to draw a last grid when training ends, unless a signal ended it.
+        seed: image i takes its noise from (seed, i) and the stage's number, 0 for base and 1 for super-resolution.
+        num_steps: network evaluations an image; by default the stage's own, like the next.
+        guidance: classifier-free guidance weight.
+        batch_size: images drawn at once.
+
+    Raises:
+        InputError: a number below 1; when training starts, a base stage without prompts, or no validation images.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = (),
+        num_images: int = 8,
+        every_n_steps: int = 1000,
+        at_end: bool = True,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if min(num_images, every_n_steps, batch_size) < 1 or (num_steps is not None and num_steps < 1):
+            raise InputError(
+                f"SampleGrid num_images {num_images}, every_n_steps {every_n_steps}, num_steps {num_steps} and "
+                f"batch_size {batch_size} must be at least 1"
+            )
+        self.prompts = prompts
+        self.num_images = num_images
+        self.every_n_steps = every_n_steps
+        self.at_end = at_end
+        self.seed = seed
+        self.num_steps = num_steps
+        self.guidance = guidance
+        self.batch_size = batch_size
+        self._captions: list[str] = []
+        self._truth: Tensor | None = None  # (N, 3, H, W) uint8, super-resolution only
+        self._seen_step = self._drawn_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = self._drawn_step = trainer.global_step
+        if not isinstance(pl_module, DiffusionMixin):
+            raise InputError(f"SampleGrid draws from stages of a cascade; {type(pl_module).__name__} is none")
+        self._captions = list(self.prompts)
+        if isinstance(pl_module, SuperResolutionStage):
+            if trainer.is_global_zero:
+                with untouched_rng():
+                    self._take_validation_images(trainer)
+        elif not self._captions:
+            raise InputError("SampleGrid has no prompts to draw; give it some")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._seen_step and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+        self._seen_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_end and trainer.global_step > self._drawn_step and interrupted(trainer) is None:
+            self._draw(trainer, pl_module)
+
+    def _take_validation_images(self, trainer: pl.Trainer) -> None:
+        wanted = len(self.prompts) or self.num_images
+        images: list[Tensor] = []
+        captions: list[str] = []
+        source = trainer.datamodule  # type: ignore[attr-defined]
+        for batch in source.val_dataloader() if source is not None else ():
+            images.extend(batch.images.cpu())
+            captions.extend(batch.captions)
+            if len(images) >= wanted:
+                break
+        if not images:
+            raise InputError("SampleGrid found no validation images to enlarge; give the data a validation set")
+        self._truth = torch.stack(images[:wanted])
+        self._captions = list(self.prompts[: len(images)]) or captions[:wanted]
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drawn_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DiffusionMixin)
+        device = pl_module.device
+        forward = trainer.precision_plugin.forward_context()
+        with uncounted(trainer), untouched_rng(device):
+            with averaged_weights(trainer, pl_module) as averaged, forward:
+                images = to_uint8(self._sample(pl_module)).cpu()
+            self._write(trainer, pl_module, images, averaged)
+
+    def _sample(self, stage: DiffusionMixin) -> Tensor:
+        low_res = self._low_res(stage)
+        number = 0 if low_res is None else 1
+        parts = []
+        for start in range(0, len(self._captions), self.batch_size):
+            captions = self._captions[start : start + self.batch_size]
+            parts.append(
+                stage.sample(
+                    captions,
+                    [seeded_generator(self.seed, start + i, stage=number) for i in range(len(captions))],
+                    num_steps=self.num_steps,
+                    guidance=self.guidance,
+                    low_res=None if low_res is None else low_res[start : start + self.batch_size],
+                )
+            )
+        return torch.cat(parts)
+
+    def _low_res(self, stage: DiffusionMixin) -> Tensor | None:
+        """(N, 3, low_res_size, low_res_size) in [-1, 1], or None for a base stage."""
+        if not isinstance(stage, SuperResolutionStage):
+            return None
+        assert self._truth is not None
+        return downsample(to_float(self._truth), stage.low_res_size)
+
+    def _write(self, trainer: pl.Trainer, stage: Any, images: Tensor, averaged: bool) -> None:
+        folder = run_dir(trainer) / FOLDER / f"{trainer.global_step:07d}"
+        low_res = self._low_res(stage)
+        cell = max(stage.image_size, 96)
+        if low_res is None or self._truth is None:
+            columns = math.ceil(math.sqrt(len(images)))
+            rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
+            picture = grid(rows, self._captions, cell=cell)
+        else:
+            rows = [list(to_uint8(low_res)), list(images), list(self._truth)]
+            picture = grid(rows, [""] * (2 * len(images)) + self._captions, cell=cell)
+        files = [f"{i:05d}.png" for i in range(len(images))]
+        for name, image in zip(files, images):
+            save_png(to_pil(image), folder / name)
+        save_png(picture, folder / "grid.png")
+        settings = stage.sampling
+        details = {
+            "step": trainer.global_step,
+            "weights": "ema" if averaged else "trained",
+            "seed": self.seed,
+            "stage": 0 if low_res is None else 1,
+            "sampler": describe(settings.sampler),
+            "spacing": describe(settings.spacing),
+            "thresholding": describe(settings.thresholding),
+            "num_steps": self.num_steps or settings.num_steps,
+            "guidance": settings.guidance if self.guidance is None else self.guidance,
+            "aug_level": None if low_res is None else stage.aug_level,
+            "images": [
+                {"file": name, "caption": caption, "image": i}
+                for i, (name, caption) in enumerate(zip(files, self._captions))
+            ],
+        }
+        write_json(folder / "samples.json", details)  # last: the folder is complete where it stands
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [picture], step=trainer.global_step)
