@@ -256,3 +256,19 @@ def test_levels_have_the_sizes_and_widths_that_the_papers_say():
     watch(network)
     network(*make_inputs(network, 16))
     assert sizes == [(8, 8), (16, 4), (24, 2)]
+
+
+@torch.no_grad()
+def test_the_efficient_unet_scales_its_skips_and_adds_its_stem():
+    network, seen = make("efficient no text"), []
+    network.up_blocks[1][0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x, time, conditioning = make_inputs(network)
+    network(x, time, conditioning)
+    lowest, skip = seen[0].chunk(2, dim=1)
+    assert torch.allclose(skip * 2**0.5, lowest, atol=1e-6)
+    # with nothing coming up from the levels, what is left is the map at full size
+    torch.nn.init.zeros_(network.up[0].weight)
+    torch.nn.init.zeros_(network.up[0].bias)
+    stem = network.conv_in(torch.cat([x, conditioning.low_res], dim=1))
+    expected = network.conv_out(torch.nn.functional.silu(network.norm_out(stem)))
+    assert near(network(x, time, conditioning), expected)
