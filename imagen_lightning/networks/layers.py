@@ -27,7 +27,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         features = sinusoidal(time, self.channels)
-        return self.net(features.to(self.net[0].weight.dtype))
+        return self.net(features.to(next(self.net.parameters()).dtype))
 
 
 class ResidualBlock(nn.Module):
