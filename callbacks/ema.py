@@ -57,6 +57,9 @@ class EMA(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.swapped = self._swapped_for_validation = False
+            # First, wherever it was listed: what looks at the average after a step is to see that step's.
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():

@@ -33,7 +33,7 @@ class SampleGrid(pl.Callback):
 
     RUN/samples/STEP/ holds 00000.png, …, grid.png and samples.json; the grid goes to W&B too. A super-resolution stage
     enlarges the first validation images: its grid has the low-resolution input, the output and the truth in three rows.
-    The first process samples, the others go on; training is the same to the bit as without. List it behind the EMA.
+    The first process samples, the others go on; training is the same to the bit as without.
 
     Args:
         prompts: captions, one an image. A super-resolution stage needs none: the validation images have their own, and

@@ -112,7 +112,7 @@ def test_context_gives_the_average_and_brings_the_weights_back(fit):
                 raise KeyError
 
     use, watch = Use(), Watch()
-    fit([EMA(), watch, use], steps=3)
+    fit([watch, use, EMA()], steps=3)
     same(use.seen, expected_average(watch.weights, 0.9999), rtol=1e-4, atol=1e-6)
 
 

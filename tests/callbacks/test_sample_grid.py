@@ -48,7 +48,7 @@ class Draw(Callback):
 def test_draws_what_the_averaged_stage_draws(fit, tmp_path):
     draw = Draw()
     grid = SampleGrid(PROMPTS, every_n_steps=2, seed=5, num_steps=3, guidance=2.0, at_end=False, batch_size=2)
-    fit([EMA(), draw, grid], steps=3)
+    fit([draw, grid, EMA()], steps=3)
     assert [folder.name for folder in (tmp_path / "samples").iterdir()] == ["0000002"]
     for i in range(3):
         difference = (read(tmp_path, 2, f"{i:05d}.png").int() - draw.images[i].int()).abs()
