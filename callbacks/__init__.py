@@ -5,6 +5,7 @@ from imagen_lightning.callbacks.ema import EMA, averaged_weights
 from imagen_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
 from imagen_lightning.callbacks.loggers import RunCSVLogger, wandb_logger
 from imagen_lightning.callbacks.noise_level_loss import NoiseLevelLoss
+from imagen_lightning.callbacks.progress import StepProgress
 from imagen_lightning.callbacks.run_folder import read_run_info, run_dir, update_run_info
 from imagen_lightning.callbacks.sample_grid import SampleGrid
 from imagen_lightning.callbacks.throughput import Throughput
@@ -18,6 +19,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "RunCSVLogger",
     "SampleGrid",
+    "StepProgress",
     "Throughput",
     "averaged_weights",
     "find_last",

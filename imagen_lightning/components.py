@@ -15,6 +15,8 @@ from typing import Any
 from imagen_lightning.types import InputError
 
 OWN_PACKAGE = "imagen_lightning"
+# Where a description may find this package's own classes: parts of a model, none of which runs anything when made.
+OWN_MODULES = tuple(f"{OWN_PACKAGE}.{name}" for name in ("diffusion", "networks", "samplers", "stages", "text"))
 
 
 def class_path(value: object) -> str:
@@ -87,6 +89,10 @@ def find_class(path: str, trust: Iterable[str] = ()) -> type:
         raise InputError(f"class {path!r} does not exist; check its spelling and the installed version") from None
     if not isinstance(found, type):
         raise InputError(f"{path!r} is not a class")
+    # A module also shows what it imports; the class must be at home in a package that may be named.
+    home = found.__module__
+    if home.split(".")[0] not in trust and not home.startswith(OWN_MODULES):
+        raise InputError(f"class {path!r} is no part of a stage; it belongs to {home}")
     return found
 
 

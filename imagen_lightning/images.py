@@ -28,7 +28,7 @@ def downsample(images: Tensor, size: int) -> Tensor:
     """Antialiased area resize of float (B, C, H, W) to (B, C, size, size), for size at most H and W.
 
     The one filter by which low-resolution images are made, in training and in evaluation: each output pixel is the mean
-    of the input area that it covers.
+    of the input pixels that it touches (all of them in full, so that areas overlap where the sizes do not divide).
     """
     if images.shape[-1] == size and images.shape[-2] == size:
         return images
@@ -67,8 +67,8 @@ def grid(
         gap: pixels between cells.
     """
     cell = cell or max(max(image.shape[-2:]) for row in rows for image in row)
-    font = ImageFont.load_default(size=max(10, min(13, cell // 10)))
-    line_height = font.size + 3
+    font_size = max(10, min(13, cell // 10))
+    font, line_height = ImageFont.load_default(size=font_size), font_size + 3
     lines = [_wrap(caption, font, cell)[:4] for caption in captions] if captions is not None else []
     text_height = max((len(item) for item in lines), default=0) * line_height
     columns = max(len(row) for row in rows)

@@ -1,7 +1,7 @@
 """Lets torchvision be imported beside a CPU build of torch.
 
-A torchvision built for CUDA next to a CPU torch raises `operator torchvision::nms does not exist` on import, and with it
-lightning, torchmetrics and torch-fidelity fail. Declaring the two missing operator schemas first mends the import;
+A torchvision built for CUDA next to a CPU torch raises `operator torchvision::nms does not exist` on import, and with
+it lightning, torchmetrics and torch-fidelity fail. Declaring the two missing operator schemas first mends the import;
 `torchvision.ops.nms` and `torchvision.io.read_image` stay unusable, and nothing here needs them.
 
 Imported before lightning by stages, datamodule, callbacks and the command line; does nothing where the versions match.

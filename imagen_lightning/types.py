@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from imagen_lightning.errors import InputError as InputError  # noqa: PLC0414  (a public name of this module)
+from imagen_lightning.errors import InputError as InputError
 
 
 class _Movable:

@@ -77,7 +77,7 @@ class TextAttention(nn.Module):
 
 def key_mask(text_mask: Tensor | None, num_pixels: int, dtype: torch.dtype) -> Tensor | None:
     """(B, 1, 1, L + num_pixels) addend for the logits: 0 where a key counts, -inf at the text's padding."""
-    if text_mask is None or bool(text_mask.all()):
+    if text_mask is None:
         return None
     addend = torch.zeros(text_mask.shape, dtype=dtype, device=text_mask.device)
     addend = addend.masked_fill(~text_mask, float("-inf"))

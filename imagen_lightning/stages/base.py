@@ -9,7 +9,6 @@ from imagen_lightning.stages.mixin import DiffusionMixin  # first: it lets light
 # isort: split
 import lightning
 
-from imagen_lightning.images import to_float
 from imagen_lightning.stages.settings import Diffusion, Execution, Optimization, Sampling, TextSettings
 from imagen_lightning.types import Batch, Conditioning
 
@@ -49,4 +48,4 @@ class BaseStage(DiffusionMixin, lightning.LightningModule):
 
     def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
         """The images in [-1, 1] and the captions' text."""
-        return to_float(batch.images), Conditioning(text=self.text_of(batch, seed, training))
+        return self.images_of(batch), Conditioning(text=self.text_of(batch, seed, training))

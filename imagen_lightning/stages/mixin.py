@@ -1,13 +1,14 @@
 """What every stage does: one training step, one validation step, sampling, optimizers.
 
-The mixin is stateless: a stage sets `network`, `process`, `text`, `sampling` and the rest in its `__init__`, and says how a batch becomes images and conditioning (`condition`).
+The mixin is stateless: a stage sets `network`, `process`, `text`, `sampling` and the rest in its `__init__`, and says
+how a batch becomes images and conditioning (`condition`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning.pytorch.core import saving
 from imagen_lightning.components import build, describe_args
 from imagen_lightning.diffusion import DiffusionProcess, guide, threshold
 from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
+from imagen_lightning.images import to_float
 from imagen_lightning.samplers.common import noise_like
 from imagen_lightning.stages.settings import Execution, Optimization, Sampling, TextSettings
 from imagen_lightning.text.batching import join_texts, replace_texts
@@ -51,6 +53,7 @@ class DiffusionMixin:
     sampling: Sampling
     optimization: Optimization
     execution: Execution
+    null_embedding: nn.Parameter
     record: StepRecord | None
 
     def prepare(self) -> None:
@@ -69,8 +72,21 @@ class DiffusionMixin:
 
     # ---- training
 
+    def images_of(self, batch: Batch) -> Tensor:
+        """The batch's images in [-1, 1].
+
+        Raises:
+            InputError: they are not of the stage's size.
+        """
+        if batch.images.shape[-1] != self.image_size or batch.images.shape[-2] != self.image_size:
+            raise InputError(
+                f"the data gives images of {tuple(batch.images.shape[-2:])} px to a stage of {self.image_size} px; set "
+                f"data.init_args.image_size to {self.image_size}"
+            )
+        return to_float(batch.images)
+
     def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
-        """The images x0 in [-1, 1] and what the network is told about them; the one thing that differs between stages."""
+        """The images x0 in [-1, 1] and what the network is told; the one thing that differs between stages."""
         raise NotImplementedError
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -104,7 +120,7 @@ class DiffusionMixin:
     # ---- text
 
     def text_of(self, batch: Batch, seed: int, training: bool) -> Text | None:
-        """The batch's text as the network takes it; in training a share `text_drop` of the captions is replaced by null."""
+        """The batch's text as the network takes it; in training a share `text.drop` of it is made null."""
         if self.text.encoder is None:
             return None
         text = batch.text if batch.text is not None else self.text.encoder(batch.captions, batch.images.device)
@@ -119,7 +135,7 @@ class DiffusionMixin:
         if self.text.null_text == "empty_caption":
             return self.text.encoder([""], device)
         if self.text.null_text == "learned":
-            vector = self.null_embedding[None]  # type: ignore[attr-defined]
+            vector = self.null_embedding[None]
         else:
             vector = torch.zeros(1, self.text.encoder.dim, device=device)
         return Text(vector[:, None], torch.ones(1, 1, dtype=torch.bool, device=device), vector)
@@ -144,6 +160,10 @@ class DiffusionMixin:
             aug_level: (B,) the level at which it was noised.
             negative: B captions that take the place of the null text.
         """
+        if negative and len(negative) != len(captions):
+            raise InputError(f"{len(negative)} negative captions for {len(captions)} captions; give one a caption")
+        if negative and guidance == 1.0:
+            raise InputError("negative captions need guidance: a weight other than 1")
         device = next(self.network.parameters()).device
         text = None
         guided = guidance != 1.0 and self.text.encoder is not None
@@ -156,12 +176,15 @@ class DiffusionMixin:
                 without = self.text.encoder(negative, device) if negative else replace_texts(text, null, everyone)
                 text = join_texts(text, without)
             text = self.text_network(text) if self.text_network is not None else text
+            if text is not None and text.mask is not None and bool(text.mask.all()):
+                text = replace(text, mask=None)  # attention without a mask is faster
         if guided:
             low_res = torch.cat([low_res, low_res]) if low_res is not None else None
             aug_level = torch.cat([aug_level, aug_level]) if aug_level is not None else None
         conditioning = Conditioning(text, low_res, aug_level)
-        if hasattr(self.network, "precompute"):
-            conditioning = self.network.precompute(conditioning)
+        precompute = getattr(self.network, "precompute", None)
+        if precompute is not None:
+            conditioning = precompute(conditioning)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return self.process.x0(self.predict(x_t, t, conditioning), x_t, t)
@@ -208,7 +231,8 @@ class DiffusionMixin:
                 aug_level=level,
                 negative=negative,
             )
-            times = self.sampling.spacing(num_steps or self.sampling.num_steps, self.process.schedule)
+            steps = self.sampling.num_steps if num_steps is None else num_steps
+            times = self.sampling.spacing(steps, self.process.schedule)
 
             def counted(x_t: Tensor, t: Tensor) -> Tensor:
                 result = denoise(x_t, t)
@@ -235,7 +259,7 @@ class DiffusionMixin:
 
     # ---- Lightning
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         settings = self.optimization
         parameters = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         optimizer = settings.optimizer(parameters)
@@ -259,7 +283,7 @@ class DiffusionMixin:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Plain data from which `load_from_checkpoint` and Cascade.from_checkpoints rebuild the stage, LightningCLI or not.
+        # Plain data from which `load_from_checkpoint` and Cascade.from_checkpoints rebuild the stage.
         checkpoint["hyper_parameters"] = {**self.hyperparameters(), "_instantiator": f"{__name__}.instantiate"}
         checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
 

@@ -14,7 +14,7 @@ import lightning
 
 from imagen_lightning.diffusion import LowResAugmentation
 from imagen_lightning.diffusion.random import Stream, normal, uniform
-from imagen_lightning.images import downsample, to_float, upsample
+from imagen_lightning.images import downsample, upsample
 from imagen_lightning.samplers.common import noise_like
 from imagen_lightning.stages.settings import Diffusion, Execution, Optimization, Sampling, TextSettings
 from imagen_lightning.types import Batch, Conditioning, InputError
@@ -34,8 +34,8 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         diffusion: schedule, parametrization, weighting.
         augmentation: noise on the low-resolution image in training.
         aug_level: in [0, 1], the noise put on the low-resolution image in sampling.
-        crop_size: train on random crops of this many pixels at full scale, None for whole images. Validation and sampling
-            are whole.
+        crop_size: train on random crops of this many pixels at full scale, None for whole images.
+            Validation and sampling are whole.
         sampling: how the stage is sampled by default.
         optimization: optimizer and learning-rate schedule.
         execution: channels-last, torch.compile.
@@ -77,7 +77,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
 
     def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
         """The images in [-1, 1], their text, and the noised low-resolution image at a level drawn per sample."""
-        x0, positions = to_float(batch.images), batch.positions
+        x0, positions = self.images_of(batch), batch.positions
         low_res = self.enlarge(downsample(x0, self.low_res_size))
         if training and self.crop_size is not None:
             x0, low_res = self.crop(x0, low_res, positions, seed)

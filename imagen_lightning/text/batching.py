@@ -12,7 +12,7 @@ from imagen_lightning.types import Text
 
 
 def pad_text(text: Text, length: int) -> Text:
-    """The text with states and mask padded to `length` tokens; a mask is made where there was none and padding is due."""
+    """The text with states and mask padded to `length` tokens; a mask is made where there was none."""
     missing = length - text.states.shape[1]
     if missing <= 0:
         return text

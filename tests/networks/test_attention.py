@@ -84,7 +84,6 @@ def test_key_mask():
     assert addend[:, 0, 0].eq(0).tolist() == [[True, True, False, True, True], [True, False, False, True, True]]
     assert torch.isneginf(addend[0, 0, 0, 2])
     assert key_mask(None, 2, torch.float32) is None
-    assert key_mask(torch.ones(2, 3, dtype=torch.bool), 2, torch.float32) is None
 
 
 def test_attention_begins_as_the_identity():
