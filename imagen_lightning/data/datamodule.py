@@ -5,6 +5,7 @@ from __future__ import annotations
 import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,13 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
         text=stack_text(texts) if texts else None,
         skips=[skip for sample in samples for skip in sample.skips],
     )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A signal to all processes is the parent's to act on, which may need further batches to finish its step."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class PositionedDataModule(LightningDataModule):
@@ -162,6 +170,8 @@ class PositionedDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # each iteration draws a seed: not from the global generator
         )
 
 

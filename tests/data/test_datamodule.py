@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -72,6 +74,25 @@ def test_resume_goes_on_with_the_next_sample(tmp_path, first_workers, second_wor
     resumed, trainer = fit(shapes_data(second_workers), tmp_path, 10, resume=tmp_path / "step=3.ckpt")
     assert resumed.keys == keys_of(range(12, 40))
     assert trainer.datamodule.state_dict() == {"position": 40}
+
+
+def test_iterating_draws_nothing_from_the_global_generator():
+    data = shapes_data()
+    before = torch.get_rng_state()
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_signals_to_all_processes_leave_the_workers_at_work():
+    batches = iter(shapes_data(num_workers=1).train_dataloader())
+    next(batches)
+    (worker,) = batches._workers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    keys = [key for _ in range(4) for key in next(batches).keys]
+    assert keys == keys_of(range(4, 20))
+    assert worker.is_alive()
 
 
 def test_the_position_counts_whole_accumulated_steps(tmp_path):
