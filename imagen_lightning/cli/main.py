@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return module.main(arguments)
     except InputError as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         # The reader of our output (a pager, head) has gone; Python would print a traceback on closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,387 @@
+"""`imagen-lightning fit|validate|test|predict`: LightningCLI with a run folder, loggers and callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+# isort: split
+import torch
+import wandb
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from imagen_lightning.callbacks import (
+    EMA,
+    Checkpoint,
+    FiniteLoss,
+    NoiseLevelLoss,
+    RunCSVLogger,
+    StepProgress,
+    Throughput,
+    find_last,
+    interrupted,
+    update_run_info,
+    wandb_logger,
+)
+from imagen_lightning.callbacks.run_folder import write_text
+from imagen_lightning.cascade import load_weights
+from imagen_lightning.cli.stage_parser import Parser
+from imagen_lightning.errors import InputError
+
+CONFIG = "config.yaml"
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # The data hands each process its part of a global batch itself, and training does not end with an epoch.
+    "use_distributed_sampler": False,
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 50,
+    "enable_model_summary": False,
+}
+
+
+class StageCLI(LightningCLI):
+    """`fit` of one stage into one run folder, and the other verbs of the trainer."""
+
+    checkpoint: Path | None = None  # what the verb starts from
+    start_step = 0
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Checkpoints hold plain data and nothing in one is ever executed: weights_only is no option.
+        return {verb: skip | {"weights_only"} for verb, skip in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, default=None, help="The run folder; fit needs one.")
+        parser.add_argument(
+            "--resume", action="store_true", help="Go on from the run folder's last checkpoint, with its config.yaml."
+        )
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="CASCADE#stage whose weights the stage starts from."
+        )
+        parser.add_argument("--wandb_project", type=str, default="imagen-lightning", help="W&B project.")
+        parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group, e.g. a cascade's name.")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(NoiseLevelLoss, "noise_level_loss")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(FiniteLoss, "finite_loss")
+
+    @property
+    def settings(self) -> Any:
+        """The parsed configuration of the subcommand."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the model as configured; Lightning would mix a checkpoint's hyperparameters into it."""
+
+    # ---- before anything is made
+
+    def before_instantiate_classes(self) -> None:
+        _refuse_second_class(self.settings.as_dict())
+        if self.subcommand == "fit":
+            if not self.settings.run:
+                raise InputError("fit needs a run folder: --run runs/NAME, or `run:` in the YAML")
+            if self.settings.trainer.max_steps in (-1, None) and not self.settings.trainer.max_time:
+                raise InputError("training would never end: set trainer.max_steps (or trainer.max_time)")
+            self.settings.trainer.default_root_dir = self.settings.run
+        if self.subcommand:
+            self.checkpoint = self._starting_checkpoint()
+
+    def _starting_checkpoint(self) -> Path | None:
+        """The run's last checkpoint in `fit`, else what --ckpt_path names; other verbs need either."""
+        last = find_last(self.settings.run) if self.settings.run else None
+        given = self.settings.ckpt_path
+        if self.subcommand == "fit" and last is not None:
+            return last
+        if given is None:
+            if self.subcommand != "fit" and last is None:
+                raise InputError(f"{self.subcommand} needs a trained stage: --ckpt_path RUN/checkpoints/last.ckpt")
+            return last
+        if not Path(given).is_file():
+            raise InputError(f"checkpoint {given!r} does not exist; --ckpt_path takes a local file, e.g. last.ckpt")
+        return Path(given)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.subcommand and self.settings.trainer.logger in (None, True):
+            kwargs["logger"] = False  # `fit` adds the run folder's once it is made
+        return super().instantiate_trainer(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, around what a class said
+            if (cause := _input_error(error)) is not None:
+                raise cause from None
+            raise
+
+    def after_instantiate_classes(self) -> None:
+        if self.checkpoint is not None:
+            self.start_step = _check_fits(self.checkpoint, self.model)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        start = {"ckpt_path": None if self.checkpoint is None else str(self.checkpoint), "weights_only": True}
+        return {**super()._prepare_subcommand_kwargs(subcommand), **start}
+
+    # ---- fit
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains in the run folder."""
+        max_steps = self.settings.trainer.max_steps
+        if 0 < max_steps <= self.start_step:
+            _tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
+            return
+        if self.settings.init_from and self.checkpoint is None:
+            load_weights(self.model, self.settings.init_from)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.fit(**kwargs)
+            return
+        with self.run_folder(Path(self.settings.run)):
+            self.trainer.fit(**kwargs)
+
+    @contextmanager
+    def run_folder(self, run: Path) -> Iterator[None]:
+        """Makes the folder with config.yaml, run.json and the loggers.
+
+        A run that is refused before its first step leaves no folder, and a resumed one its configuration as it was.
+        """
+        config = run / CONFIG
+        before = config.read_text(encoding="utf-8") if config.exists() else None
+        main = self.trainer.is_global_zero
+        try:
+            with _finished_wandb():
+                if main:
+                    _make_folder(run)
+                    write_text(config, self.dump())
+                    if before is None:
+                        update_run_info(run, command=shlex.join(["imagen-lightning", *sys.argv[1:]]))
+                if self.settings.trainer.logger in (None, True):
+                    self.trainer.loggers = self.loggers()
+                yield
+        except InputError:
+            if main and self.trainer.global_step in (0, self.start_step):
+                if before is None:
+                    shutil.rmtree(run, ignore_errors=True)
+                else:
+                    write_text(config, before)
+            raise
+
+    def loggers(self) -> list[Logger]:
+        run, project = self.settings.run, self.settings.wandb_project
+        # W&B gets the resolved configuration with the paths as typed, without what only this machine means.
+        config = yaml.safe_load(self.dump())
+        to_wandb = wandb_logger(run, project, config, group=self.settings.wandb_group, job_type="fit")
+        if (os.environ.get("WANDB_MODE") or to_wandb._wandb_init["mode"]) == "offline":
+            os.environ.setdefault("WANDB_SILENT", "true")
+            _tell(f"logging to W&B offline run {to_wandb._id} in {Path(run) / 'wandb'}")
+        return [RunCSVLogger(run), to_wandb]
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML."""
+        return self._parser(self.subcommand).dump(self.settings, skip_none=False)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError that an error was raised from."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _finished_wandb() -> Iterator[None]:
+    """Ends the W&B run that was begun inside, as failed after an error."""
+    earlier, exit_code = wandb.run, 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if wandb.run is not None and wandb.run is not earlier:
+            wandb.finish(exit_code=exit_code)
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run folder {str(run)!r} cannot be made: {error.strerror}; choose another --run") from error
+
+
+def _check_fits(path: Path, stage: torch.nn.Module) -> int:
+    """Raises InputError where a checkpoint is not one of the stage; returns its optimizer steps. Reads no weights."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights, step = checkpoint["state_dict"], int(checkpoint["global_step"])
+    except Exception as error:
+        # A damaged file can end its reader in any way.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"checkpoint {str(path)!r} cannot be read: it is damaged, no checkpoint of a run, or holds Python objects, "
+            f"which are never unpickled ({reason[:200]})"
+        ) from error
+    shapes = {name: tuple(value.shape) for name, value in stage.state_dict().items()}
+    for name in sorted({*shapes, *weights}):
+        there = tuple(weights[name].shape) if name in weights else "absent"
+        if there != shapes.get(name, "absent"):
+            raise InputError(
+                f"checkpoint {str(path)!r} belongs to another architecture: weight {name!r} is {there} there and "
+                f"{shapes.get(name, 'absent')} in the configured stage; use the config.yaml of its run"
+            )
+    return step
+
+
+def _refuse_second_class(config: Any) -> None:
+    if isinstance(config, dict):
+        path = config.get("class_path")
+        if isinstance(path, str) and path.split(".")[0] in ("callbacks", "experiments"):
+            raise InputError(f"class_path {path!r} would be a second class; write imagen_lightning.{path}")
+        for value in config.values():
+            _refuse_second_class(value)
+    elif isinstance(config, list):
+        for value in config:
+            _refuse_second_class(value)
+
+
+# ---- the command line before it is parsed
+
+
+def find_config(name: str) -> Path:
+    """The YAML of that path, or the one of that name that ships with the package ("experiments/quickstart/base.yaml").
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(__file__).parent.parent / "experiments"
+    inside = shipped.joinpath(*path.parts[1:]) if path.parts[:1] == ("experiments",) else shipped / path
+    if not path.is_absolute() and inside.is_file():
+        return inside
+    raise InputError(
+        f"configuration {name!r} does not exist; give a YAML file or one that ships, e.g. quickstart/base.yaml"
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"configuration {str(path)!r} holds no keys such as `model:`; experiments/ has examples")
+    return content
+
+
+def _take(arguments: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
+    """The values given to an option (`--name value` or `--name=value`), and the other arguments."""
+    values, rest, items = [], [], iter(arguments)
+    for item in items:
+        name, has_value, value = item.partition("=")
+        if name not in names:
+            rest.append(item)
+        elif has_value:
+            values.append(value)
+        else:
+            following = next(items, None)
+            if following is None:
+                raise InputError(f"{item} needs a value")
+            values.append(following)
+    return values, rest
+
+
+def prepare(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Settles configuration and run folder before anything is parsed: a run is resumed with its own config.yaml.
+
+    Raises:
+        InputError: a configuration does not exist; the folder holds a run and `--resume` is not given, or holds
+            something else.
+    """
+    names, rest = _take(arguments, "--config", "-c")
+    configs = [find_config(name) for name in names]
+    contents = [_read_config(path) for path in configs]
+    writes = not any(item.split("=")[0].endswith(("-h", "help", "--print_config")) for item in rest)
+    if verb == "fit" and writes:
+        resume = "--resume" in rest
+        runs, rest = _take([item for item in rest if item != "--resume"], "--run")
+        runs = runs or [str(content["run"]) for content in contents if content.get("run")]
+        if runs:
+            rest += ["--run", runs[-1]]
+            _refuse_used(Path(runs[-1]), resume)
+            own = Path(runs[-1], CONFIG)
+            if resume and own.exists():
+                configs = [own]
+    return [item for path in configs for item in ("--config", str(path))] + rest
+
+
+def _refuse_used(run: Path, resume: bool) -> None:
+    if not _is_first():
+        return  # the first process has looked, and may have begun to write
+    if (run / CONFIG).exists():
+        if not resume:
+            raise InputError(f"{run} holds a run already; add --resume to go on with it, or choose another --run")
+        _tell(f"going on with {run}, configured by {run / CONFIG}")
+    elif run.is_file() or (run.exists() and any(run.iterdir())):
+        raise InputError(f"{run} is not empty and holds no run; choose another --run")
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the run's processes, or the only one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _tell(text: str) -> None:
+    if _is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡 Tip", "`Trainer.fit` stopped: `max_steps="))
+
+
+def _quieten() -> None:
+    """Silences advertisements, what the progress says too, and warnings that are Lightning's to mend or mistaken."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+    # In our checkpoints the weights that every verb loads are the average.
+    warnings.filterwarnings("ignore", message=r"You're using the WeightAveraging callback, but loading a checkpoint")
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, arguments = argv[0], prepare(argv[0], argv[1:])
+    _quieten()
+    torch.set_float32_matmul_precision("high")
+    sys.argv[1:] = [verb, *arguments]  # where LightningCLI reads them, and the processes that it starts
+    try:
+        cli = StageCLI(
+            parser_class=Parser,
+            save_config_callback=None,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [StepProgress()]},
+            auto_configure_optimizers=False,
+            # Stages describe themselves. Lightning's way ties each optimizer factory to this object, hence to the
+            # trainer, and the EMA's copy of the stage would copy them too.
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+        )
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    signal = interrupted(cli.trainer)
+    return 128 + signal if signal else 0
