@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -34,28 +35,36 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `argv` (default: the process's arguments) and returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"imagen-lightning {__version__}")
-        return 0
-    verb, rest = argv[0], argv[1:]
-    if verb not in VERBS:
-        return _refuse(f"unknown verb {verb!r}; use one of {', '.join(VERBS)}")
-    module = importlib.import_module(f"imagen_lightning.cli.{VERBS[verb][0]}")
-    arguments = argv if VERBS[verb][0] == "fit" else rest
     try:
-        return module.main(arguments)
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output (a pager, head) has gone; Python would print a traceback on closing stdout.
+        # The reader of our output (a pager, head) has gone; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    if verb == "--version":
+        print(f"imagen-lightning {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}"
+        raise InputError(f"unknown verb {verb!r}; {hint}")
+    name = VERBS[verb][0]
+    module = importlib.import_module(f"imagen_lightning.cli.{name}")
+    return module.main(argv if name == "fit" else rest)
 
 
 def _refuse(message: str) -> int:
