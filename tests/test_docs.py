@@ -212,9 +212,10 @@ def test_tables_of_options_are_complete_and_right(name):
     for option in told.keys() - required:
         assert re.fullmatch(r"`.*`", told[option]), f"{page.name}, {name}: {option}"
         said, default = yaml.safe_load(told[option].strip("`")), parameters[option].default
-        if default is None and said is not None:  # None in the signature stands for an object
-            default = type(getattr(cls(), option)).__name__
-        elif isinstance(default, type):
+        if default is None and said is not None:  # None in the signature stands for an object or a class
+            default = getattr(cls(), option)
+            default = default if isinstance(default, type) else type(default)
+        if isinstance(default, type):
             default = default.__name__
         assert said == (list(default) if isinstance(default, tuple) else default), f"{page.name}, {name}: {option}"
 
