@@ -86,7 +86,7 @@ def test_a_sample_is_a_function_of_its_arguments_alone():
         for index in (0, 1, 2, 10**9):
             image, caption = sample(7, index, split)
             digest.update(image.numpy().tobytes() + caption.encode())
-    assert digest.hexdigest() == "5cd2a9385f81b4b07b7f32ef03876187d791a0146f0b271f42e0e4e295a0079b"
+    assert digest.hexdigest() == "b1c12b2c896f914b1da3fe29bb0b7080fb3078d0288d91dbfcf6505f2d1775d9"
     streams = [sample(0, 0, "train"), sample(0, 0, "val"), sample(1, 0, "train"), sample(0, 1, "train")]
     assert all(not a[0].equal(b[0]) for a, b in itertools.combinations(streams, 2))
 
@@ -165,7 +165,8 @@ def test_two_objects_stand_apart_in_the_named_order():
         down, right = places[1] - places[0]
         assert (right > 1.5 * abs(down)) if scene.relation == "left of" else (down > 1.5 * abs(right))
         starts.add((edges[0], edges[2]))
-    assert len(starts) > 100  # positions vary
+    assert len(starts) >= 6  # positions vary
+    assert all(place % 4 == 0 for pair in starts for place in pair)  # on the grid
 
 
 def test_drawings_have_the_captions_colors_and_soft_edges():
