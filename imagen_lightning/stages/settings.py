@@ -129,18 +129,21 @@ class Optimization:
     """How the stage is trained; no part of a cascade.
 
     Attributes:
-        optimizer: any torch optimizer by class_path, e.g. torch.optim.AdamW or torch.optim.Adafactor.
+        optimizer: any torch optimizer by class_path, e.g. torch.optim.Adafactor; by default torch.optim.AdamW.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
         lr_schedule: "constant", or "cosine" down to `final_lr_share` at the trainer's max_steps.
         final_lr_share: the share of the learning rate that a cosine schedule ends at.
     """
 
-    optimizer: OptimizerFactory = torch.optim.AdamW
+    # None stands for the default: jsonargparse would give a YAML's optimizer the default one's arguments, e.g. AdamW's
+    # weight_decay to SGD.
+    optimizer: OptimizerFactory = None  # type: ignore[assignment]
     warmup_steps: int = 0
     lr_schedule: str = "constant"
     final_lr_share: float = 0.0
 
     def __post_init__(self) -> None:
+        self.optimizer = self.optimizer or torch.optim.AdamW
         if self.lr_schedule not in ("constant", "cosine"):
             raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
         if self.warmup_steps < 0:
