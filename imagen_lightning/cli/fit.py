@@ -123,7 +123,10 @@ class StageCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand and self.settings.trainer.logger in (None, True):
             kwargs["logger"] = False  # `fit` adds the run folder's once it is made
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:
         try:

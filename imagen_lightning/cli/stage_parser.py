@@ -79,6 +79,8 @@ def _problem(text: str) -> str:
 
 
 def _one_problem(text: str, base: str | None) -> str:
+    if found := re.search(r"(?:class_path '|class_path='|Import path )((?:callbacks|experiments)\.[\w.]+)", text):
+        return f"class {found[1]!r} would be a second class; write {OWN_PACKAGE}.{found[1]}"
     if found := re.match(r"Problem with given class_path '([^']+)': (.*)", text):
         return _unknown_class(found[1], found[2], base)
     if found := re.match(r"Type .* expects a function or a callable class: (.*)\. Got value: (.*)", text):
@@ -117,8 +119,6 @@ def _unknown_key(key: str, parser: ArgumentParser) -> str:
 
 
 def _unknown_class(path: str, reason: str, base: str | None) -> str:
-    if path.split(".")[0] in ("callbacks", "experiments"):
-        return f"class {path!r} would be a second class; write {OWN_PACKAGE}.{path}"
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)

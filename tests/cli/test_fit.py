@@ -1,0 +1,448 @@
+"""`fit` and `validate` from a YAML: the run folder, resume, overlays, signals, and refusals of one line."""
+
+import copy
+import csv
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from imagen_lightning.cascade import Cascade
+from imagen_lightning.cli import fit
+from imagen_lightning.cli.main import main
+
+STAGE = {
+    "seed_everything": 1,
+    "model": {
+        "class_path": "imagen_lightning.stages.BaseStage",
+        "init_args": {
+            "image_size": 8,
+            "network": {
+                "class_path": "imagen_lightning.networks.UNet",
+                "init_args": {
+                    **{"dim": 8, "multipliers": [1], "num_blocks": 1, "attention": [True], "text_dim": 8},
+                    **{"groups": 4, "head_dim": 8, "dropout": 0.1},
+                },
+            },
+            "text": {"encoder": {"class_path": "imagen_lightning.text.TinyTextEncoder", "init_args": {"dim": 8}}},
+            "sampling": {"num_steps": 2},
+            "optimization": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}},
+        },
+    },
+    "data": {
+        "class_path": "imagen_lightning.data.ShapesDataModule",
+        "init_args": {"image_size": 8, "batch_size": 4, "num_val": 4},
+    },
+    "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "log_every_n_steps": 1},
+    "throughput": {"measure_matmul": False},
+}
+SAMPLER = "model/init_args/sampling/sampler"
+NETWORK = "model/init_args/network"
+OPTIMIZER = "model/init_args/optimization/optimizer"
+
+
+def changed(**changes):
+    """STAGE with the values at paths such as "data/init_args/seed" set, or removed where the value is `...`."""
+    config = copy.deepcopy(STAGE)
+    for path, value in changes.items():
+        *parents, last = path.split("/")
+        place = config
+        for key in parents:
+            place = place.setdefault(key, {})
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+    return config
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """`cli("fit", "--run", …)`: the command in a folder that holds stage.yaml; gives the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # a run of its own takes W&B a second
+    monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
+    write("stage.yaml")
+    return lambda *arguments: main([str(argument) for argument in arguments])
+
+
+def write(name, **changes):
+    Path(name).write_text(yaml.safe_dump(changed(**changes)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of three and of six steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["imagen-lightning"])
+        write("stage.yaml")
+        assert main(["fit", "--config", "stage.yaml", "--run", "three"]) == 0
+        num_trainers = sum(type(item) is Trainer for item in gc.get_objects())
+        assert main(["fit", "--config", "stage.yaml", "--run", "six", "--trainer.max_steps", "6"]) == 0
+    # A copy of the stage, such as the EMA's, must not have taken the trainer and its data along.
+    assert num_trainers == 1
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def checkpoint(run):
+    return torch.load(Path(run, "checkpoints", "last.ckpt"), weights_only=True)
+
+
+def rows(run):
+    with Path(run, "metrics.csv").open(newline="") as file:
+        return [{key: row.get(key) for key in ("step", "train/loss", "val/loss")} for row in csv.DictReader(file)]
+
+
+def assert_equal_checkpoints(run, other):
+    first, second = checkpoint(run), checkpoint(other)
+    assert first["global_step"] == second["global_step"]
+    assert first["ShapesDataModule"] == second["ShapesDataModule"]
+    for part in ("state_dict", "current_model_state"):
+        assert first[part].keys() == second[part].keys()
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+    for number, state in first["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["optimizer_states"][0]["state"][number][name])
+
+
+def refusal(cli, capsys, *arguments):
+    """The one line on stderr with exit code 2."""
+    capsys.readouterr()
+    before = contents(".")
+    assert cli(*arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("imagen-lightning: error: ")]
+    assert shown.err.endswith(f"{line}\n")
+    assert contents(".") == before
+    return line
+
+
+# ---- the run folder
+
+
+def test_the_run_folder(trained):
+    run = trained / "three"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "run.json", "metrics.csv", "checkpoints", "wandb"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-3.ckpt", "last.ckpt"}
+    assert [row["step"] for row in rows(run)] == ["0", "1", "2"]
+    assert [bool(row["val/loss"]) for row in rows(run)] == [False, False, True]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["run"] == "three"
+    assert config["trainer"]["max_steps"] == 3
+    assert config["model"]["init_args"]["network"]["init_args"]["patch_size"] == 1  # a default, written out
+    info = json.loads((run / "run.json").read_text())
+    assert info["command"] == "imagen-lightning fit --config stage.yaml --run three"
+    assert list(run.glob(f"wandb/offline-run-*-{info['wandb_id']}"))
+
+
+def test_a_second_run_in_the_folder_is_refused(trained, cli, capsys, tmp_path):
+    shutil.copytree(trained / "three", tmp_path / "run")
+    line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run")
+    assert "run holds a run already; add --resume" in line
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(trained, cli, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    shutil.copytree(trained / "three", run)
+    (tmp_path / "stage.yaml").write_text("model: {}\n")  # the run's own configuration is taken
+    options = ["--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", "6"]
+    assert cli("fit", *options) == 0
+    assert "going on with run, configured by run/config.yaml" in capsys.readouterr().err
+    assert_equal_checkpoints(run, trained / "six")
+    assert rows(run) == rows(trained / "six")
+    earlier = json.loads((trained / "three" / "run.json").read_text())
+    assert json.loads((run / "run.json").read_text()) == earlier
+    assert {path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")} == {earlier["wandb_id"]}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["run"], config["trainer"]["max_steps"]) == ("run", 6)
+
+    before = contents(run)
+    assert cli("fit", "--run", "run", "--resume") == 0
+    assert "has trainer.max_steps 6 behind it" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained, cli, tmp_path):
+    shutil.copytree(trained / "three", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert cli("fit", "--run", "run", "--resume") == 0
+    assert_equal_checkpoints("run", trained / "three")
+    assert rows("run") == rows(trained / "three")
+
+
+def test_a_run_s_configuration_makes_the_same_run_again(trained, cli):
+    assert cli("fit", "--config", trained / "three" / "config.yaml", "--run", "again") == 0
+    assert_equal_checkpoints("again", trained / "three")
+
+
+def test_resume_without_a_run_begins_one(trained, cli):
+    write("stage.yaml", run="runs/new")
+    assert cli("fit", "--config=stage.yaml", "--resume") == 0
+    assert_equal_checkpoints("runs/new", trained / "three")
+
+
+def test_a_resume_that_is_refused_changes_nothing(trained, cli, capsys, tmp_path):
+    shutil.copytree(trained / "three", tmp_path / "run")
+    resume = ["fit", "--run", "run", "--resume", "--trainer.max_steps", "9"]
+    line = refusal(cli, capsys, *resume, "--model.init_args.network.init_args.dim", "16")
+    assert "step-3.ckpt" in line
+    assert "another architecture" in line
+    capsys.readouterr()
+    before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
+    assert cli(*resume, "--data.init_args.image_size", "16") == 2
+    assert "(16, 16) px to a stage of 8 px" in capsys.readouterr().err
+    assert {path: text for path, text in contents("run").items() if "wandb" not in path.parts} == before
+
+
+def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeypatch):
+    monkeypatch.setattr(fit.rank_zero_only, "rank", 1)
+    run = trained / "three"
+    arguments = ["--config", str(run / "config.yaml"), "--run", str(run)]
+    assert fit.prepare("fit", arguments) == arguments
+
+
+def test_a_trial_run_leaves_the_folder_free(cli):
+    assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.fast_dev_run", "true") == 0
+    assert not Path("run").exists()
+
+
+# ---- configuration
+
+
+def test_overlays_and_options_in_order(cli, capsys):
+    overlay = {"trainer": {"max_steps": 9, "gradient_clip_val": 0.5}, "model": {"init_args": {"seed": 7}}, "run": "a"}
+    Path("overlay.yaml").write_text(yaml.safe_dump(overlay))
+    with pytest.raises(SystemExit) as end:
+        cli("fit", "--trainer.max_steps", 11, "--config", "stage.yaml", "--config", "overlay.yaml", "--print_config")
+    assert not end.value.code
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["trainer"]["max_steps"] == 11
+    assert config["trainer"]["gradient_clip_val"] == 0.5
+    assert config["model"]["init_args"]["seed"] == 7
+    assert config["model"]["init_args"]["image_size"] == 8
+    assert config["run"] == "a"
+    assert {path.name for path in Path().iterdir()} == {"stage.yaml", "overlay.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "state"),
+    [
+        ("torch.optim.Adafactor", {"lr": 0.01}, "row_var"),
+        ("torch.optim.AdamW", {"lr": 0.01, "betas": [0.8, 0.9], "weight_decay": 0.1}, "exp_avg_sq"),
+        ("torch.optim.SGD", {"lr": 1.0, "momentum": 0.9}, "momentum_buffer"),
+    ],
+)
+def test_any_optimizer(cli, optimizer, arguments, state):
+    write("stage.yaml", **{OPTIMIZER: {"class_path": optimizer, "init_args": arguments}})
+    assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.max_steps", 2) == 0
+    saved = checkpoint("run")["optimizer_states"][0]
+    assert state in saved["state"][0]
+    group = saved["param_groups"][0]
+    assert {name: list(group[name]) if name == "betas" else group[name] for name in arguments} == arguments
+    assert group["weight_decay"] == arguments.get("weight_decay", 0.0)  # not AdamW's, the default optimizer's
+
+
+def test_accumulation_and_clipping(cli):
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}
+    trainer = {**STAGE["trainer"], "max_steps": 2, "accumulate_grad_batches": 3, "gradient_clip_val": 1e-3}
+    write("stage.yaml", trainer=trainer, **{OPTIMIZER: sgd, f"{NETWORK}/init_args/dropout": 0.0})
+    assert cli("fit", "--config", "stage.yaml", "--run", "two") == 0
+    assert cli("fit", "--config", "stage.yaml", "--run", "one", "--trainer.max_steps", 1) == 0
+    two, one = checkpoint("two"), checkpoint("one")
+    assert two["ShapesDataModule"] == {"position": 2 * 3 * 4}
+    moved = [one["current_model_state"][name] - value for name, value in two["current_model_state"].items()]
+    assert torch.cat([item.flatten() for item in moved]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_stage_starts_from_a_cascade_s(trained, cli, capsys):
+    Cascade.from_checkpoints([trained / "three"]).save("cascade")
+    write("stage.yaml", **{f"{OPTIMIZER}/init_args/lr": 0.0, "seed_everything": 5})
+    options = ["fit", "--config", "stage.yaml", "--run", "run", "--trainer.max_steps", 1]
+    assert "has 0 (base)" in refusal(cli, capsys, *options, "--init_from", "cascade#sr_64")
+    assert "names no stage; write CASCADE#stage" in refusal(cli, capsys, *options, "--init_from", "cascade")
+    assert "no cascade folder" in refusal(cli, capsys, *options, "--init_from", "elsewhere#base")
+    assert cli(*options, "--init_from", "cascade#base") == 0
+    wanted = checkpoint(trained / "three")["state_dict"]
+    assert all(torch.equal(value, wanted[name]) for name, value in checkpoint("run")["state_dict"].items())
+
+
+# ---- validate
+
+
+def test_validate_gives_the_loss_of_training(trained, cli, capsys, tmp_path):
+    config = ["--config", trained / "six" / "config.yaml"]
+    wanted = float(rows(trained / "six")[-1]["val/loss"])
+    for options in (["--ckpt_path", trained / "six/checkpoints/last.ckpt"], ["--run", trained / "six"]):
+        assert cli("validate", *config, *options) == 0
+        printed = capsys.readouterr().out
+        assert float(printed.split("val/loss")[1].split()[1]) == pytest.approx(wanted, rel=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["stage.yaml"]
+
+
+def test_verbs_that_the_stage_lacks_or_that_lack_a_checkpoint(trained, cli, capsys):
+    config = ["--config", trained / "three" / "config.yaml", "--run", trained / "three"]
+    assert "test_step" in refusal(cli, capsys, "test", *config)
+    assert "predict" in refusal(cli, capsys, "predict", *config)
+    assert "validate needs a trained stage" in refusal(cli, capsys, "validate", "--config", "stage.yaml")
+
+
+class Planted:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_checkpoints_are_never_executed(cli, capsys, verb):
+    torch.save({"state_dict": {"x": Planted()}, "global_step": 1}, "planted.ckpt")
+    options = [verb, "--config", "stage.yaml", "--run", "run", "--ckpt_path", "planted.ckpt"]
+    assert "never unpickled" in refusal(cli, capsys, *options)
+    assert not Path("executed").exists()
+
+
+def test_bad_checkpoints(trained, cli, capsys):
+    whole = (trained / "three" / "checkpoints" / "last.ckpt").read_bytes()
+    Path("empty.ckpt").touch()
+    Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(1)}, "foreign.ckpt")
+    for name in ("empty.ckpt", "cut.ckpt", "foreign.ckpt"):
+        line = refusal(cli, capsys, "validate", "--config", "stage.yaml", "--ckpt_path", name)
+        assert f"checkpoint '{name}' cannot be read" in line
+    for name in ("https://x.org/last.ckpt", "none.ckpt", "last"):
+        line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run", "--ckpt_path", name)
+        assert f"checkpoint '{name}' does not exist; --ckpt_path takes a local file" in line
+
+
+# ---- what is refused
+
+REFUSED = [
+    ({"trainer/max_steps": ...}, [], ["would never end", "trainer.max_steps"]),
+    (
+        {"model/class_path": "imagen_lightning.stages.BaseStag"},
+        [],
+        ["BaseStag'", "mean imagen_lightning.stages.BaseStage"],
+    ),
+    ({"model/class_path": "imagen_lightning.stage.BaseStage"}, [], ["imagen_lightning.stage.BaseStage", "spelling"]),
+    ({"model/class_path": "nowhere.Stage"}, [], ["'nowhere.Stage' does not exist", "install its package"]),
+    ({"model/class_path": "imagen_lightning.networks.UNet"}, [], ["no LightningModule", "stages.SuperResolutionStage"]),
+    ({SAMPLER: {"class_path": "imagen_lightning.samplers.DDIX"}}, [], ["model.sampling.sampler", "samplers.DDIM?"]),
+    ({SAMPLER: {"class_path": "imagen_lightning.samplers.Euler"}}, [], ["samplers.Euler", "use", "samplers.DDIM or"]),
+    ({SAMPLER: "euler"}, [], ["'euler' is no class", "imagen_lightning.samplers.DPMSolverPP"]),
+    ({f"{NETWORK}/class_path": "callbacks.EMA"}, [], ["callbacks.EMA", "write imagen_lightning.callbacks.EMA"]),
+    ({"trainer/callbacks": [{"class_path": "callbacks.EMA"}]}, [], ["write imagen_lightning.callbacks.EMA"]),
+    ({f"{NETWORK}/init_args/dimm": 8}, [], ["model.network.dimm: there is no such key", "did you mean dim?"]),
+    ({f"{NETWORK}/init_args/dim": "wide"}, [], ["model.network.dim: expected int, got 'wide'"]),
+    ({f"{OPTIMIZER}/init_args/lr": "high"}, [], ["model.optimization.optimizer.lr: expected float, got 'high'"]),
+    ({f"{OPTIMIZER}/class_path": "torch.optim.Adafacto"}, [], ["did you mean torch.optim.Adafactor?"]),
+    ({"model/init_args/imagesize": 8}, [], ["model.imagesize", "did you mean image_size?"]),
+    ({"data/init_args/cut": 8}, [], ["data.cut: there is no such key; use batch_size or image_size"]),
+    ({"trainer/max_step": 8}, [], ["trainer.max_step: there is no such key", "did you mean trainer.max_steps"]),
+    ({"trainer/precision": "fp8"}, [], ["trainer.precision", "'bf16-mixed'", "got 'fp8'"]),
+    ({"ema/decoy": 0.9}, [], ["ema.decoy", "did you mean ema.decay?"]),
+    ({"ema/decay": 2.0}, [], ["decay 2.0 must be in [0, 1)"]),
+    ({"dataa": 8}, [], ["dataa", "did you mean data?"]),
+    ({"model": ...}, [], ["model is missing"]),
+    ({}, ["--trainer.max_step", "8"], ["unknown arguments --trainer.max_step", "did you mean trainer.max_steps"]),
+    ({}, ["--trainer.max_steps"], ["--trainer.max_steps: expected one argument"]),
+    ({}, ["--trainer.accelerator", "abacus"], ["abacus"]),
+    ({"data/init_args/image_size": 16}, [], ["(16, 16) px to a stage of 8 px; set data.init_args.image_size to 8"]),
+    ({f"{NETWORK}/init_args/text_dim": 16}, [], ["text_dim is 16", "8 features"]),
+    (
+        {"model/init_args/optimization/lr_schedule": "cosine", "model/init_args/optimization/warmup_steps": 5},
+        [],
+        ["'cosine' needs trainer.max_steps above warmup_steps 5, got 3"],
+    ),
+    (
+        {"data": {"class_path": "imagen_lightning.data.LaionDataModule", "init_args": {"train": "no/*.tar"}}},
+        [],
+        ["no/*.tar"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "words"), REFUSED, ids=lambda item: str(item)[:60])
+def test_what_cannot_be_used_is_one_line_and_leaves_nothing(cli, capsys, changes, options, words):
+    write("stage.yaml", **changes)
+    line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run", *options)
+    assert not Path("run").exists()
+    assert all(word in line for word in words), line
+    assert len(line) < 420
+
+
+def test_bad_files_and_folders(cli, capsys):
+    Path("broken.yaml").write_text("model: [1, 2\n")
+    Path("latin.yaml").write_bytes("run: café\n".encode("latin-1"))
+    Path("text.yaml").write_text("hello\n")
+    assert "fit needs a run folder" in refusal(cli, capsys, "fit", "--config", "stage.yaml")
+    assert "--config needs a value" in refusal(cli, capsys, "fit", "--config")
+    for name, words in (
+        ("none.yaml", "configuration 'none.yaml' does not exist"),
+        ("broken.yaml", "'broken.yaml' is not valid YAML"),
+        ("latin.yaml", "'latin.yaml' is not valid YAML"),
+        ("text.yaml", "'text.yaml' holds no keys"),
+    ):
+        for verb in ("fit", "validate"):
+            assert words in refusal(cli, capsys, verb, "--config", name, "--run", "run")
+    Path("full").mkdir()
+    Path("full", "notes.txt").write_text("mine")
+    for options in (["--run", "full"], ["--run=full", "--resume"], ["--run", "stage.yaml"]):
+        line = refusal(cli, capsys, "fit", "--config", "stage.yaml", *options)
+        assert "holds no run; choose another --run" in line
+    line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "stage.yaml/run")
+    assert "run folder 'stage.yaml/run' cannot be made: Not a directory" in line
+
+
+# ---- processes
+
+
+def test_a_terminated_run_ends_with_a_checkpoint_and_goes_on(cli, tmp_path):
+    write("stage.yaml", **{"trainer/max_steps": 100_000, "trainer/val_check_interval": 1000})
+    command = [sys.executable, "-m", "imagen_lightning", "fit", "--config", "stage.yaml", "--run", "run"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"NETRC": "/dev/null", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        deadline = time.monotonic() + 120
+        while not Path("run/metrics.csv").exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, err
+    assert "SIGTERM: the step is finished and a checkpoint written" in err
+    assert "logging to W&B offline run" in err
+    for noise in ("Tip:", "LeafSpec", "wandb:", "Warning", "Traceback"):
+        assert noise not in out + err
+    step = checkpoint("run")["global_step"]
+    assert step >= 1
+    assert len(rows("run")) == step
+    assert cli("fit", "--run", "run", "--resume", "--trainer.max_steps", step + 2) == 0
+    assert checkpoint("run")["global_step"] == step + 2
+    assert [row["step"] for row in rows("run")] == [str(number) for number in range(step + 2)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run_and_resume_it(cli):
+    command = [sys.executable, "-m", "imagen_lightning", "fit", "--config", "stage.yaml", "--run", "run"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for more in ([], ["--resume", "--trainer.max_steps", "5"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert checkpoint("run")["global_step"] == 5
+    assert checkpoint("run")["ShapesDataModule"] == {"position": 20}
