@@ -128,7 +128,8 @@ def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Condit
         for name, value in [*network.named_parameters(), *network.named_buffers()]
     }
     dtype = next(network.parameters()).dtype
-    inputs = (item.to("meta", dtype) for item in (x_t, t, replace(conditioning, text=text)))
+    with torch.no_grad():  # the conditioning may hang on a trainable text network
+        inputs = [item.to("meta", dtype) for item in (x_t, t, replace(conditioning, text=text))]
     counter = FlopCounterMode(display=False)
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), counter:

@@ -312,7 +312,7 @@ class Cascade:
                         sampler=setting.sampler,
                         low_res=given,
                         aug_level=setting.aug_level,
-                        negative=negatives[rows] if negatives else None,
+                        negative=negatives[rows] if negatives and setting.guidance != 1 else None,
                         on_step=on_step,
                     )
                 parts.append(to_uint8(drawn).cpu())

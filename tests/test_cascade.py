@@ -228,6 +228,12 @@ def test_negative_captions_stand_in_for_the_null_text(cascade):
     assert all(close(one, other) for one, other in zip(itself.stages, plain.stages, strict=True))
 
 
+def test_a_negative_caption_concerns_the_guided_stages_alone(cascade):
+    away = cascade.sample(CAPTIONS, guidance=[3, 1], negative="a blue circle")
+    first = cascade.sample(CAPTIONS, guidance=3, negative="a blue circle").stages[0]
+    assert torch.equal(away.stages[0], first)
+
+
 def test_bf16_is_near_32_and_not_the_same(cascade):
     full, half = cascade.sample(CAPTIONS), cascade.sample(CAPTIONS, precision="bf16")
     difference = (full.stages[0].float() - half.stages[0].float()).abs()

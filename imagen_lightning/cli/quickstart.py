@@ -1,0 +1,217 @@
+"""`imagen-lightning quickstart`: a two-stage cascade trained on built-in captioned shapes, offline, and its pictures.
+
+It runs the verbs that a user types, as processes of their own, and prints each. Killed and started again, it goes on
+where it was: the plan is kept in quickstart.json, and each stage resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.errors import InputError
+
+STAGES = ("base", "sr")
+PLAN = "quickstart.json"
+NUM_CAPTIONS = 200
+CALIBRATION_STEPS = 8
+# Beside training: imports, validation, checkpoints, 200 samples, the report. Measured on 2 cores; see docs/quickstart.md.
+OVERHEAD_SECONDS = 130.0
+
+
+def parser() -> Parser:
+    made = Parser("quickstart", description="Trains a small cascade on built-in captioned shapes and samples it.")
+    made.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
+    made.add_argument("--minutes", type=float, default=15.0, help="time to keep to, after installation (default 15)")
+    made.add_argument("--seed", type=int, default=0, help="of training and sampling (default 0)")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.minutes * 60 <= OVERHEAD_SECONDS:
+        raise InputError(f"--minutes {arguments.minutes} is too short; give at least {OVERHEAD_SECONDS / 60 + 1:.0f}")
+    out = Path(arguments.out)
+    start = time.monotonic()
+    plan = _read_plan(out, arguments.seed)
+    if plan is None:
+        plan = _make_plan(arguments.minutes * 60, arguments.seed)
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / PLAN, plan)
+    for stage in STAGES:
+        steps = plan["steps"][stage]
+        if (out / stage / "checkpoints" / f"step-{steps}.ckpt").exists():
+            print(f"{stage}: trained already ({steps} steps)")
+            continue
+        _say(start, f"training {stage}: {steps} steps")
+        _run(
+            "fit",
+            *("--config", f"experiments/quickstart/{stage}.yaml", "--run", str(out / stage), "--resume"),
+            *(f"--trainer.max_steps={steps}", f"--seed_everything={plan['seed']}"),
+            *(f"--model.init_args.seed={plan['seed']}", f"--data.init_args.seed={plan['seed']}"),
+        )
+    cascade = out / "cascade"
+    if not cascade.exists():
+        _run("cascade", str(out / "base"), str(out / "sr"), str(cascade))
+    samples = out / "samples"
+    captions = _captions(plan["seed"])
+    if not (samples / "samples.json").exists():
+        shutil.rmtree(samples, ignore_errors=True)
+        _say(start, f"sampling {len(captions)} held-out captions")
+        prompts = out / "captions.txt"
+        prompts.write_text("\n".join(captions) + "\n", encoding="utf-8")
+        _run(
+            "sample",
+            *(str(cascade), "--prompts", str(prompts), "--seed", str(plan["seed"]), "--out", str(samples)),
+        )
+    _report(out, captions)
+    _say(start, f"done. Pictures: {out / 'samples.png'}; all of them: {samples}")
+    print(
+        "Try: imagen-lightning sample "
+        f'{cascade} --prompt "a small red star above a large blue circle on a white background" --out {out / "mine"}'
+    )
+    return 0
+
+
+def _read_plan(out: Path, seed: int) -> dict[str, Any] | None:
+    path = out / PLAN
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty and holds no quickstart; choose another --out")
+        return None
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        found = int(plan["seed"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} cannot be read; delete {out} to begin anew") from None
+    if found != seed:
+        raise InputError(f"{out} was begun with --seed {found}, not {seed}; choose another --out")
+    print(f"going on with the quickstart in {out}")
+    return plan
+
+
+def _make_plan(seconds: float, seed: int) -> dict[str, Any]:
+    """Shares the time between the stages, by the speed of this machine: the recipe's steps, or fewer."""
+    print("measuring this machine's speed …", flush=True)
+    recipe, step_seconds = {}, {}
+    for stage in STAGES:
+        recipe[stage], step_seconds[stage] = _time_a_step(stage)
+    wanted = sum(recipe[stage] * step_seconds[stage] for stage in STAGES)
+    share = min(1.0, (seconds - OVERHEAD_SECONDS) / wanted)
+    steps = {stage: max(100, int(recipe[stage] * share) // 50 * 50) for stage in STAGES}
+    for stage in STAGES:
+        print(
+            f"  {stage}: {step_seconds[stage]:.3f} s a step, {steps[stage]} of the recipe's {recipe[stage]} steps, "
+            f"about {steps[stage] * step_seconds[stage] / 60:.1f} minutes"
+        )
+    return {"seed": seed, "steps": steps, "recipe_steps": recipe, "step_seconds": step_seconds, "seconds": seconds}
+
+
+def _time_a_step(stage: str) -> tuple[int, float]:
+    """The recipe's number of steps, and the median seconds of a training step here."""
+    code = (
+        "import sys, json; from imagen_lightning.cli.quickstart import calibrate; "
+        "print(); print(json.dumps(calibrate(sys.argv[1])))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, stage], stdout=subprocess.PIPE, check=False, text=True)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    steps, seconds = json.loads(result.stdout.splitlines()[-1])
+    return steps, seconds
+
+
+def calibrate(stage: str) -> tuple[int, float]:
+    """Makes the stage and its data from the YAML and times a few steps without Lightning's loop."""
+    from imagen_lightning.cli.fit import Parser as StageParser
+    from imagen_lightning.cli.fit import StageCLI, find_config
+
+    sys.argv = sys.argv[:1]  # LightningCLI warns where arguments are given twice
+    config = find_config(f"experiments/quickstart/{stage}.yaml")
+    cli = StageCLI(
+        run=False,
+        parser_class=StageParser,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        args=["--config", str(config)],
+    )
+    model, data = cli.model, cli.datamodule
+    model.log = lambda *_, **__: None
+    optimizer = model.optimization.optimizer(model.parameters())
+    times = []
+    for number, batch in zip(range(CALIBRATION_STEPS), data.train_dataloader()):  # the loader is endless
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        model.training_step(batch, number).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - begin)
+    return cli.trainer.max_steps, statistics.median(times[2:])
+
+
+def _captions(seed: int) -> list[str]:
+    """Captions that training never sees: half of unseen scenes of seen pairs, half with an unseen (color, shape) pair."""
+    from imagen_lightning.data import shapes
+
+    half = NUM_CAPTIONS // 2
+    return [shapes.sample(seed, index, "val")[1] for index in range(half)] + shapes.held_out_captions(half, seed)
+
+
+def _report(out: Path, captions: list[str]) -> None:
+    """Prints and writes caption accuracy, and draws samples.png."""
+    import torch
+    from PIL import Image
+
+    from imagen_lightning.data import shapes
+    from imagen_lightning.images import from_pil, grid, save_png
+    from imagen_lightning.metrics import caption_accuracy
+
+    pictures = [from_pil(Image.open(out / "samples" / f"{index:05d}.png")) for index in range(len(captions))]
+    unseen = torch.tensor([shapes.parse_caption(caption).held_out for caption in captions])
+    accuracy = caption_accuracy(torch.stack(pictures), captions)
+    rows = {
+        "all captions": accuracy.mean(),
+        "seen pairs": accuracy.mean(~unseen),
+        "unseen pairs": accuracy.mean(unseen),
+    }
+    names = list(rows["all captions"])
+    print(f"\ncaption accuracy in %, {len(captions)} held-out captions ({int(unseen.sum())} with an unseen pair)")
+    print(f"{'':14}" + "".join(f"{name:>12}" for name in names))
+    for row, rates in rows.items():
+        print(f"{row:14}" + "".join(f"{100 * rates[name]:12.1f}" for name in names))
+    print()
+    _write_json(out / "caption_accuracy.json", {"num_captions": len(captions), "rates": rows})
+    half = len(captions) // 2
+    chosen = [*range(12), *range(half, half + 12)]
+    shown = [pictures[index] for index in chosen]
+    rows_of_six = [shown[begin : begin + 6] for begin in range(0, len(shown), 6)]
+    save_png(grid(rows_of_six, [captions[index] for index in chosen], cell=160), out / "samples.png")
+
+
+def _run(*arguments: str) -> None:
+    print("\n$ imagen-lightning " + shlex.join(arguments), flush=True)
+    result = subprocess.run([sys.executable, "-m", "imagen_lightning", *arguments], check=False, env=_environment())
+    if result.returncode:
+        raise SystemExit(result.returncode)
+
+
+def _environment() -> dict[str, str]:
+    return {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **os.environ}
+
+
+def _say(start: float, text: str) -> None:
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    print(f"\n[{minutes:d}:{seconds:02d}] {text}", flush=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,72 @@
+"""The quickstart from end to end, with a plan of a few steps."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from imagen_lightning.cli import quickstart
+from imagen_lightning.data import shapes
+from imagen_lightning.errors import InputError
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(quickstart, "NUM_CAPTIONS", 24)
+    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, 100.0))
+
+
+def test_plan_keeps_to_the_time(monkeypatch):
+    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, {"base": 0.5, "sr": 0.25}[stage]))
+    plan = quickstart._make_plan(900, 0)
+    used = plan["steps"]["base"] * 0.5 + plan["steps"]["sr"] * 0.25
+    assert 900 - quickstart.OVERHEAD_SECONDS - 40 < used <= 900 - quickstart.OVERHEAD_SECONDS
+    assert quickstart._make_plan(90_000, 0)["steps"] == {"base": 2000, "sr": 2000}
+
+
+def test_captions_are_never_trained_on():
+    captions = quickstart._captions(0)
+    assert len(captions) == 200
+    unseen = [shapes.parse_caption(caption).held_out for caption in captions]
+    assert sum(unseen) == 100
+
+
+def test_from_nothing_to_pictures_and_again(short, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "quickstart"
+    monkeypatch.setattr(quickstart, "_make_plan", lambda seconds, seed: {"seed": seed, "steps": {"base": 4, "sr": 4}})
+    # the recipe's warm-up is longer than four steps, which a cosine schedule refuses
+    original = quickstart._run
+    monkeypatch.setattr(
+        quickstart,
+        "_run",
+        lambda verb, *rest: original(
+            verb, *rest, *(["--model.init_args.optimization.warmup_steps=1"] if verb == "fit" else [])
+        ),
+    )
+    assert quickstart.main(["--out", str(out), "--seed", "3"]) == 0
+    printed = capfd.readouterr().out
+    assert "$ imagen-lightning fit --config experiments/quickstart/base.yaml" in printed
+    assert "$ imagen-lightning sample" in printed
+    assert {"base", "sr", "cascade", "samples", "samples.png", "quickstart.json", "caption_accuracy.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    for stage in ("base", "sr"):
+        assert (out / stage / "config.yaml").exists()
+        assert (out / stage / "metrics.csv").exists()
+        assert (out / stage / "checkpoints" / "step-4.ckpt").exists()
+    rates = json.loads((out / "caption_accuracy.json").read_text())["rates"]
+    assert set(rates) == {"all captions", "seen pairs", "unseen pairs"}
+    assert Image.open(out / "samples.png").width > 6 * 160
+
+    assert quickstart.main(["--out", str(out), "--seed", "3"]) == 0
+    assert "$ imagen-lightning" not in capfd.readouterr().out  # nothing was left to do
+    with pytest.raises(InputError, match="begun with --seed 3"):
+        quickstart.main(["--out", str(out), "--seed", "4"])
+
+
+def test_refuses_a_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no quickstart"):
+        quickstart.main(["--out", str(tmp_path)])
+    with pytest.raises(InputError, match="too short"):
+        quickstart.main(["--out", str(tmp_path / "new"), "--minutes", "1"])
