@@ -48,9 +48,9 @@ class RunCSVLogger(Logger):
         self._columns: list[str] = []
         self._rows: list[dict[str, str]] = []
         self._steps: list[int] = []
-        self._dirty = False
+        self._dirty = not self._path.exists()  # a run too short to log anything has a file too
         self._next_flush = 0.0
-        if self._path.exists():
+        if not self._dirty:
             self._read()
 
     @property

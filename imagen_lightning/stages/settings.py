@@ -143,7 +143,7 @@ class Optimization:
     final_lr_share: float = 0.0
 
     def __post_init__(self) -> None:
-        self.optimizer = self.optimizer or torch.optim.AdamW
+        self.optimizer = torch.optim.AdamW if self.optimizer is None else self.optimizer
         if self.lr_schedule not in ("constant", "cosine"):
             raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
         if self.warmup_steps < 0:

@@ -36,6 +36,13 @@ def test_one_row_a_step_and_columns_as_they_came(tmp_path):
     ]
 
 
+def test_a_run_that_logs_nothing_has_a_file_that_a_resumed_one_reads(tmp_path):
+    RunCSVLogger(str(tmp_path)).finalize("success")
+    assert (tmp_path / "metrics.csv").read_text() == "step\n"
+    RunCSVLogger(str(tmp_path)).log_metrics({"loss": 1.0}, step=3)
+    assert rows_of(tmp_path) == [{"step": "3", "loss": "1.0"}]
+
+
 def test_a_resumed_run_loses_and_doubles_nothing(tmp_path):
     def log(logger, steps, **more):
         for step in steps:
