@@ -155,7 +155,7 @@ def random_scene(rng: np.random.Generator, *, held_out: bool) -> Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draws a scene at places that vary by a few cells of a 4 px grid.
+    """Draws a scene at places that vary by a cell of a 4 px grid.
 
     Objects lie fully inside, never overlap, and two of them are separated along the relation's axis; across that axis
     their centres differ by less than along it.
@@ -235,22 +235,22 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
     """The (left, top) corner of each object's bounding square, on the grid."""
     sides = [SIZES[thing.size] for thing in scene.things]
     if len(sides) == 1:
-        return [(_near_middle(sides[0], 2, rng), _near_middle(sides[0], 2, rng))]
+        return [(_near_middle(sides[0], rng), _near_middle(sides[0], rng))]
     half = CANVAS // 2
     # Each has its half of the canvas; a small one has room to move in it.
     along = [
         int(rng.integers(0, (half - _GAP - sides[0]) // _GRID + 1)) * _GRID,
-        half + int(rng.integers(0, (half - sides[1]) // _GRID + 1)) * _GRID,
+        half + int(rng.integers(0, (half - _GAP - sides[1]) // _GRID + 1)) * _GRID,
     ]
-    across = [_near_middle(side, 1, rng) for side in sides]
+    across = [_near_middle(side, rng) for side in sides]
     if scene.relation == "above":
         return list(zip(across, along))
     return list(zip(along, across))
 
 
-def _near_middle(side: int, cells: int, rng: np.random.Generator) -> int:
-    """Where a square of `side` begins: at most `cells` of the grid from the middle."""
-    return ((CANVAS - side) // (2 * _GRID) + int(rng.integers(-cells, cells + 1))) * _GRID
+def _near_middle(side: int, rng: np.random.Generator) -> int:
+    """Where a square of `side` begins: at most one cell of the grid from the middle."""
+    return ((CANVAS - side) // (2 * _GRID) + int(rng.integers(-1, 2))) * _GRID
 
 
 def _stream(seed: int, index: int, split: str) -> np.random.Generator:
