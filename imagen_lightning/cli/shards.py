@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
+
+from imagen_lightning.cli.arguments import Parser
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +31,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="imagen-lightning shards", description="Shards of captioned images.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+def _parser() -> Parser:
+    parser = Parser("shards", description="Shards of captioned images.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_verb_parser)
     write = verbs.add_parser(
         "write",
         help="make shards of a folder or table of captioned images",
@@ -60,3 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality", type=int, default=95, metavar="Q", help="of images encoded anew, 1 to 100 (%(default)s)"
     )
     return parser
+
+
+def _verb_parser(prog: str, **kwargs: Any) -> Parser:
+    return Parser(prog.removeprefix("imagen-lightning "), **kwargs)

@@ -237,11 +237,8 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
     if len(sides) == 1:
         return [(_near_middle(sides[0], rng), _near_middle(sides[0], rng))]
     half = CANVAS // 2
-    # Each has its half of the canvas; a small one has room to move in it.
-    along = [
-        int(rng.integers(0, (half - _GAP - sides[0]) // _GRID + 1)) * _GRID,
-        half + int(rng.integers(0, (half - _GAP - sides[1]) // _GRID + 1)) * _GRID,
-    ]
+    # Each has its half of the canvas, and lies in the middle of that along the relation's axis.
+    along = [begin + (half - _GAP - side) // 2 // _GRID * _GRID for begin, side in zip((0, half), sides)]
     across = [_near_middle(side, rng) for side in sides]
     if scene.relation == "above":
         return list(zip(across, along))

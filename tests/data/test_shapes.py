@@ -86,7 +86,7 @@ def test_a_sample_is_a_function_of_its_arguments_alone():
         for index in (0, 1, 2, 10**9):
             image, caption = sample(7, index, split)
             digest.update(image.numpy().tobytes() + caption.encode())
-    assert digest.hexdigest() == "81f5a8f86ae742721568535bd29bc4dadb9751fdfe0547d1e72bb0c3c0e8a6c2"
+    assert digest.hexdigest() == "3b51ae3775ba7150bb480a264f86b483a6f4ec479b07cd40ead78bbc77a631ba"
     streams = [sample(0, 0, "train"), sample(0, 0, "val"), sample(1, 0, "train"), sample(0, 1, "train")]
     assert all(not a[0].equal(b[0]) for a, b in itertools.combinations(streams, 2))
 
@@ -164,9 +164,10 @@ def test_two_objects_stand_apart_in_the_named_order():
             places.append(np.argwhere(exact).mean(0))
         down, right = places[1] - places[0]
         assert (right > 1.5 * abs(down)) if scene.relation == "left of" else (down > 1.5 * abs(right))
-        starts.add((edges[0], edges[2]))
-    assert len(starts) >= 4  # positions vary
-    assert all(place % 4 == 0 for pair in starts for place in pair)  # on the grid
+        starts.add(
+            tuple(drawn(image, scene.background).any(1 if scene.relation == "left of" else 0).nonzero()[0][[0, -1]])
+        )
+    assert len(starts) >= 8  # places across the axis vary
 
 
 def test_drawings_have_the_captions_colors_and_soft_edges():
