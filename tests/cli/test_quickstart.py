@@ -24,6 +24,13 @@ def test_plan_keeps_to_the_time(monkeypatch):
     assert quickstart._make_plan(90_000, 0)["steps"] == {"base": 2000, "sr": 2000}
 
 
+def test_last_stage_makes_up_for_lost_time():
+    def left(seconds):
+        return quickstart._fitting({"steps": {"sr": 800}, "step_seconds": {"sr": 0.2}}, "sr", seconds)
+
+    assert [left(1000), left(161), left(120), left(10), left(-5)] == [800, 800, 600, 400, 400]
+
+
 def test_captions_are_never_trained_on():
     captions = quickstart._captions(0)
     assert len(captions) == 200
