@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("shards", description="Shards of captioned images.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_verb_parser)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=VerbParser)
     write = verbs.add_parser(
         "write",
         help="make shards of a folder or table of captioned images",
@@ -64,5 +64,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _verb_parser(prog: str, **kwargs: Any) -> Parser:
-    return Parser(prog.removeprefix("imagen-lightning "), **kwargs)
+class VerbParser(Parser):
+    """The parser of a verb below `shards`, as argparse makes it."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog.removeprefix("imagen-lightning "), **kwargs)
