@@ -121,6 +121,8 @@ class StageCLI(LightningCLI):
         return Path(given)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.settings.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"] = [StepProgress()]
         if self.subcommand and self.settings.trainer.logger in (None, True):
             kwargs["logger"] = False  # `fit` adds the run folder's once it is made
         try:
@@ -377,7 +379,7 @@ def main(argv: Sequence[str]) -> int:
         cli = StageCLI(
             parser_class=Parser,
             save_config_callback=None,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [StepProgress()]},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             auto_configure_optimizers=False,
             # Stages describe themselves. Lightning's way ties each optimizer factory to this object, hence to the
             # trainer, and the EMA's copy of the stage would copy them too.

@@ -159,7 +159,7 @@ def test_the_run_folder(trained):
 
 
 def test_a_second_run_in_the_folder_is_refused(trained, cli, capsys, tmp_path):
-    shutil.copytree(trained / "three", tmp_path / "run")
+    shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
     line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run")
     assert "run holds a run already; add --resume" in line
 
@@ -167,7 +167,7 @@ def test_a_second_run_in_the_folder_is_refused(trained, cli, capsys, tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(trained, cli, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
-    shutil.copytree(trained / "three", run)
+    shutil.copytree(trained / "three", run, symlinks=True)
     (tmp_path / "stage.yaml").write_text("model: {}\n")  # the run's own configuration is taken
     options = ["--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", "6"]
     assert cli("fit", *options) == 0
@@ -187,7 +187,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, cli, capsys, tmp_path, 
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained, cli, tmp_path):
-    shutil.copytree(trained / "three", tmp_path / "run")
+    shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert cli("fit", "--run", "run", "--resume") == 0
     assert_equal_checkpoints("run", trained / "three")
@@ -206,7 +206,7 @@ def test_resume_without_a_run_begins_one(trained, cli):
 
 
 def test_a_resume_that_is_refused_changes_nothing(trained, cli, capsys, tmp_path):
-    shutil.copytree(trained / "three", tmp_path / "run")
+    shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
     resume = ["fit", "--run", "run", "--resume", "--trainer.max_steps", "9"]
     line = refusal(cli, capsys, *resume, "--model.init_args.network.init_args.dim", "16")
     assert "step-3.ckpt" in line
@@ -228,6 +228,12 @@ def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeyp
 def test_a_trial_run_leaves_the_folder_free(cli):
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.fast_dev_run", "true") == 0
     assert not Path("run").exists()
+
+
+def test_progress_is_shown_unless_switched_off(cli, capsys):
+    for run, options, shown in (("a", [], True), ("b", ["--trainer.enable_progress_bar", "false"], False)):
+        assert cli("fit", "--config", "stage.yaml", "--run", run, *options) == 0
+        assert ("training BaseStage" in capsys.readouterr().err) == shown
 
 
 # ---- configuration
