@@ -98,7 +98,15 @@ class Conditioning(_Movable):
 
 
 class Denoised(NamedTuple):
-    """A network's answer where a sampler needs the variance: x0 (B, C, H, W) and variance of the reverse step."""
+    """A network's answer where a sampler needs the variance.
+
+    Attributes:
+        x0: (B, C, H, W), the estimate of the image.
+        variance: (B, C, H, W), the fraction v of Nichol & Dhariwal 2021, eq. 15: a step's log variance is
+            v log(large) + (1 - v) log(small), between the forward process's and the posterior's own. It stands for no
+            one step, so that a sampler can make of it the variance of whatever step (t, s) it takes. 0 is small, 1 is
+            large; nothing but its training keeps a network within.
+    """
 
     x0: Tensor
     variance: Tensor
@@ -119,9 +127,16 @@ class Schedule(ABC):
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor: ...
 
+    def training_time(self, t: Tensor) -> Tensor:
+        """Where a draw t in (0, 1] is trained: t itself, or for a table the end of the step that t lies in."""
+        return t
+
 
 class Denoiser(Protocol):
-    """x_t (B, C, H, W) and t (B,) in [0, 1] to the estimate of x0, in [-1, 1]."""
+    """x_t (B, C, H, W) and t (B,) in [0, 1] to the estimate of x0, in [-1, 1].
+
+    A sampler with `needs_variance` is given one that returns `Denoised`.
+    """
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
 
@@ -130,7 +145,15 @@ Generator = torch.Generator | Sequence[torch.Generator]
 
 
 class Sampler(ABC):
-    """Walks from noise x at times[0] down the n+1 decreasing times and returns x at times[-1]."""
+    """Walks from noise x at times[0] down the n+1 decreasing times and returns x at times[-1].
+
+    Attributes:
+        needs_variance: whether `denoise` is to return `Denoised`, which takes a network that learns its variance.
+        evaluations_per_step: how often a step calls `denoise`; one that ends at t = 0 may do with a single call.
+    """
+
+    needs_variance: bool = False
+    evaluations_per_step: int = 1
 
     @abstractmethod
     def __call__(

@@ -4,7 +4,14 @@ from imagen_lightning.diffusion.augmentation import LowResAugmentation
 from imagen_lightning.diffusion.guidance import guide
 from imagen_lightning.diffusion.parametrizations import X0, Epsilon, Flow, Parametrization, V
 from imagen_lightning.diffusion.process import DiffusionProcess
-from imagen_lightning.diffusion.schedules import CosineSchedule, FlowSchedule, ShiftedCosineSchedule
+from imagen_lightning.diffusion.schedules import (
+    CosineSchedule,
+    DiscreteSchedule,
+    FlowSchedule,
+    LinearSchedule,
+    ShiftedCosineSchedule,
+    SigmoidSchedule,
+)
 from imagen_lightning.diffusion.thresholding import (
     DynamicThresholding,
     NoThresholding,
@@ -12,24 +19,37 @@ from imagen_lightning.diffusion.thresholding import (
     Thresholding,
     threshold,
 )
-from imagen_lightning.diffusion.weightings import MinSNR, Plain, Weighting
+from imagen_lightning.diffusion.times import EvenTimes, LogitNormalTimes, LogNormalTimes, TrainingTimes
+from imagen_lightning.diffusion.variance import LearnedRange
+from imagen_lightning.diffusion.weightings import P2, MinSNR, Plain, SigmoidWeighting, TruncatedSNR, Weighting
 
 __all__ = [
+    "P2",
     "X0",
     "CosineSchedule",
     "DiffusionProcess",
+    "DiscreteSchedule",
     "DynamicThresholding",
     "Epsilon",
+    "EvenTimes",
     "Flow",
     "FlowSchedule",
+    "LearnedRange",
+    "LinearSchedule",
+    "LogNormalTimes",
+    "LogitNormalTimes",
     "LowResAugmentation",
     "MinSNR",
     "NoThresholding",
     "Parametrization",
     "Plain",
     "ShiftedCosineSchedule",
+    "SigmoidSchedule",
+    "SigmoidWeighting",
     "StaticThresholding",
     "Thresholding",
+    "TrainingTimes",
+    "TruncatedSNR",
     "V",
     "Weighting",
     "guide",

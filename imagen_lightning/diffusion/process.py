@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from imagen_lightning.diffusion.common import per_image as per_image
 from imagen_lightning.diffusion.parametrizations import Parametrization
+from imagen_lightning.diffusion.times import EvenTimes, TrainingTimes
+from imagen_lightning.diffusion.variance import LearnedRange
 from imagen_lightning.diffusion.weightings import Weighting
-from imagen_lightning.types import Schedule
-
-
-def per_image(value: Tensor, images: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, 1), in the images' dtype."""
-    return value.to(images.dtype).view(-1, *[1] * (images.dim() - 1))
+from imagen_lightning.types import Denoised, InputError, Schedule
 
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """A schedule, what the network predicts on it, and how noise levels are weighted.
+    """A schedule, what the network predicts on it, and how noise levels are drawn and weighted.
 
-    All images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1].
+    All images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1]. With a learned variance the network's output has 2C
+    channels.
     """
 
     schedule: Schedule
     parametrization: Parametrization
     weighting: Weighting
+    times: TrainingTimes = field(default_factory=EvenTimes)
+    variance: LearnedRange | None = None
 
     def coefficients(self, t: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), shaped to multiply images."""
@@ -36,14 +37,57 @@ class DiffusionProcess:
         alpha, sigma = self.coefficients(t, x0)
         return alpha * x0 + sigma * epsilon
 
+    def training_times(self, u: Tensor) -> Tensor:
+        """(B,) times of the training's distribution from (B,) numbers uniform in (0, 1)."""
+        return self.schedule.training_time(self.times(u, self.schedule))
+
     def losses(self, output: Tensor, x0: Tensor, epsilon: Tensor, t: Tensor) -> Tensor:
-        """(B,) weighted mean squared errors of the network's output, in float32."""
+        """(B,) weighted mean squared errors of the network's output, in float32; L_hybrid with a learned variance."""
         alpha, sigma = self.coefficients(t, x0)
+        prediction, fraction = self.split(output.to(x0.dtype), x0.shape[1])
         target = self.parametrization.target(x0, epsilon, alpha, sigma)
-        errors = (output.to(x0.dtype) - target).square().flatten(1).mean(1)
-        return errors * self.weighting(alpha, sigma, self.parametrization).flatten()
+        errors = (prediction - target).square().flatten(1).mean(1)
+        losses = errors * self.weighting(alpha, sigma, self.parametrization).flatten()
+        if self.variance is None or fraction is None:
+            return losses
+        estimate = self.parametrization.x0(prediction, alpha * x0 + sigma * epsilon, alpha, sigma)
+        return losses + self.variance.losses(Denoised(estimate, fraction), x0, t, self.schedule)
+
+    def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """The output's prediction and, where the variance is learned, its fraction v.
+
+        Raises:
+            InputError: the output has not the channels that this takes.
+        """
+        wanted = channels if self.variance is None else 2 * channels
+        if output.shape[1] != wanted:
+            raise InputError(wrong_channels(output.shape[1], wanted))
+        if self.variance is None:
+            return output, None
+        prediction, raw = output.chunk(2, dim=1)
+        return prediction, self.variance.fraction(raw)
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The estimate of x0 that the network's output at (x_t, t) stands for."""
+        """The estimate of x0 that the network's output at (x_t, t) stands for; a learned variance is left aside."""
         alpha, sigma = self.coefficients(t, x_t)
-        return self.parametrization.x0(output.to(x_t.dtype), x_t, alpha, sigma)
+        prediction, _ = self.split(output.to(x_t.dtype), x_t.shape[1])
+        return self.parametrization.x0(prediction, x_t, alpha, sigma)
+
+    def denoised(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        """The estimate of x0 and the learned variance's fraction.
+
+        Raises:
+            InputError: the variance is not learned.
+        """
+        _, fraction = self.split(output.to(x_t.dtype), x_t.shape[1])
+        if fraction is None:
+            raise InputError("the variance is not learned here: diffusion.variance is null")
+        return Denoised(self.x0(output, x_t, t), fraction)
+
+
+def wrong_channels(given: int, wanted: int) -> str:
+    """What to say where a network's output has not the channels that a process takes."""
+    return (
+        f"the network gives {given} channels; its stage takes {wanted}. Channels for the variance go with diffusion."
+        "variance: LearnedRange, as many again as the image has; without it the network gives the image's alone"
+    )

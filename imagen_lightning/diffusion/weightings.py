@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -40,7 +41,57 @@ class MinSNR(Weighting):
         self.gamma = gamma
 
     def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
-        # SNR * x0_scale^2 is written without alpha / sigma, which overflows as sigma goes to 0.
         scale = parametrization.x0_scale(alpha, sigma) ** 2
-        at_snr = (alpha * parametrization.x0_scale(alpha, sigma) / sigma.clamp(min=1e-30)) ** 2
-        return torch.where(alpha**2 > self.gamma * sigma**2, self.gamma * scale, at_snr)
+        capped = alpha**2 > self.gamma * sigma**2
+        return torch.where(capped, self.gamma * scale, on_epsilon(alpha, sigma, parametrization))
+
+
+class TruncatedSNR(Weighting):
+    """max(SNR, 1) on the error of x0 (Salimans & Ho 2022, section 4): the larger of the errors of x0 and of epsilon."""
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
+        scale = parametrization.x0_scale(alpha, sigma) ** 2
+        return torch.where(alpha > sigma, on_epsilon(alpha, sigma, parametrization), scale)
+
+
+class SigmoidWeighting(Weighting):
+    """sigmoid(bias - log-SNR) on the error of epsilon (Kingma & Gao 2023; Hoogeboom et al. 2024).
+
+    The papers' w(log-SNR) at the times drawn; their integral over log-SNR (Kingma & Gao 2023, eq. 2) takes times drawn
+    even in it.
+
+    Args:
+        bias: the log-SNR at which the weight is one half; above, it falls as 1 / SNR.
+    """
+
+    def __init__(self, bias: float = 2.0) -> None:
+        self.bias = bias
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
+        share = sigma**2 / (sigma**2 + math.exp(-self.bias) * alpha**2)
+        return share * on_epsilon(alpha, sigma, parametrization)
+
+
+class P2(Weighting):
+    """1 / (k + SNR)^gamma on the error of epsilon (Choi et al. 2022, eq. 8): less for the levels that clean up.
+
+    Args:
+        gamma: 0 weighs all alike; the paper's 1 and 0.5.
+        k: keeps the weight finite as SNR goes to 0.
+    """
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        if not gamma >= 0 or not k > 0:
+            raise InputError(f"P2 gamma {gamma} must not be negative, k {k} must be positive")
+        self.gamma = gamma
+        self.k = k
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
+        share = (sigma**2 / (self.k * sigma**2 + alpha**2)) ** self.gamma
+        return share * on_epsilon(alpha, sigma, parametrization)
+
+
+def on_epsilon(alpha: Tensor, sigma: Tensor, parametrization: Parametrization) -> Tensor:
+    """The weight that counts the squared error of epsilon as it is: SNR * x0_scale^2."""
+    # written without alpha / sigma, which overflows as sigma goes to 0
+    return (alpha * parametrization.x0_scale(alpha, sigma) / sigma.clamp(min=1e-30)) ** 2

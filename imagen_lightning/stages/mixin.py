@@ -21,6 +21,8 @@ from lightning.pytorch.core import saving
 
 from imagen_lightning.components import build, describe_args
 from imagen_lightning.diffusion import DiffusionProcess, guide, threshold
+from imagen_lightning.diffusion.guidance import within
+from imagen_lightning.diffusion.process import wrong_channels
 from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
 from imagen_lightning.images import to_float
 from imagen_lightning.samplers.common import noise_like
@@ -61,6 +63,10 @@ class DiffusionMixin:
         wanted = getattr(self.network, "text_dim", None)
         if wanted != self.text.dim:
             raise InputError(f"the network's text_dim is {wanted}; the text it is given has {self.text.dim} features")
+        channels = 3 if self.process.variance is None else 6
+        given = getattr(self.network, "out_channels", None)
+        if given is not None and given != channels:
+            raise InputError(wrong_channels(given, channels))
         self.text_network = self.text.network
         if self.text.null_text == "learned" and self.text.encoder is not None:
             self.null_embedding = nn.Parameter(0.02 * torch.randn(self.text.encoder.dim))
@@ -99,15 +105,19 @@ class DiffusionMixin:
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         x0, conditioning = self.condition(batch, VALIDATION_SEED, training=False)
-        losses, times = self.diffusion_loss(x0, conditioning, batch.positions, VALIDATION_SEED)
+        losses, times = self.diffusion_loss(x0, conditioning, batch.positions, VALIDATION_SEED, training=False)
         self.record = StepRecord(batch.keys, times, losses, conditioning.aug_level)
         self.log("val/loss", losses.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)  # type: ignore[attr-defined]
 
     def diffusion_loss(
-        self, x0: Tensor, conditioning: Conditioning, positions: Tensor, seed: int
+        self, x0: Tensor, conditioning: Conditioning, positions: Tensor, seed: int, training: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(B,) losses and the (B,) times they were taken at; noise and times derive from (seed, position)."""
-        t = spread_uniform(seed, Stream.TIME, positions)
+        """(B,) losses and the (B,) times they were taken at; noise and times derive from (seed, position).
+
+        In training the times have the distribution of `diffusion.times`; else they are even, so that two runs compare.
+        """
+        u = spread_uniform(seed, Stream.TIME, positions)
+        t = self.process.training_times(u) if training else self.process.schedule.training_time(u)
         epsilon = normal(seed, Stream.NOISE, positions, tuple(x0.shape[1:]))
         x_t = self.process.add_noise(x0, epsilon, t)
         output = self.predict(x_t, t, conditioning)
@@ -150,6 +160,7 @@ class DiffusionMixin:
         low_res: Tensor | None = None,
         aug_level: Tensor | None = None,
         negative: Sequence[str] | None = None,
+        variance: bool = False,
     ) -> Denoiser:
         """`denoise(x_t, t)` bound to B captions (and low-res images): guided and thresholded, text encoded once.
 
@@ -159,7 +170,13 @@ class DiffusionMixin:
             low_res: (B, 3, H, W) the conditioning image, upsampled and noised, for super-resolution.
             aug_level: (B,) the level at which it was noised.
             negative: B captions that take the place of the null text.
+            variance: give `Denoised` with the learned variance rather than x0 alone.
         """
+        if variance and self.process.variance is None:
+            raise InputError(
+                "the sampler needs a learned variance and the stage has none (diffusion.variance is null); use another "
+                "sampler, or DDPM with variance 'small' or 'large'"
+            )
         if negative and len(negative) != len(captions):
             raise InputError(f"{len(negative)} negative captions for {len(captions)} captions; give one a caption")
         if negative and guidance == 1.0:
@@ -178,18 +195,24 @@ class DiffusionMixin:
             text = self.text_network(text) if self.text_network is not None else text
             if text is not None and text.mask is not None and bool(text.mask.all()):
                 text = replace(text, mask=None)  # attention without a mask is faster
-        if guided:
-            low_res = torch.cat([low_res, low_res]) if low_res is not None else None
-            aug_level = torch.cat([aug_level, aug_level]) if aug_level is not None else None
-        conditioning = Conditioning(text, low_res, aug_level)
-        precompute = getattr(self.network, "precompute", None)
-        if precompute is not None:
-            conditioning = precompute(conditioning)
+        estimate = self.process.denoised if variance else self.process.x0
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.process.x0(self.predict(x_t, t, conditioning), x_t, t)
+        def bound(text: Text | None, low_res: Tensor | None, aug_level: Tensor | None) -> Denoiser:
+            conditioning = Conditioning(text, low_res, aug_level)
+            precompute = getattr(self.network, "precompute", None)
+            if precompute is not None:
+                conditioning = precompute(conditioning)
+            return lambda x_t, t: estimate(self.predict(x_t, t, conditioning), x_t, t)  # type: ignore[return-value]
 
-        return threshold(guide(denoise, guidance) if guided else denoise, self.sampling.thresholding)
+        if not guided:
+            return threshold(bound(text, low_res, aug_level), self.sampling.thresholding)
+        twice = [torch.cat([value, value]) if value is not None else None for value in (low_res, aug_level)]
+        denoise = guide(bound(text, *twice), guidance, self.sampling.guidance_rescale)
+        if self.sampling.guidance_interval is not None and text is not None:
+            mask = text.mask[: len(captions)] if text.mask is not None else None
+            plain = bound(Text(text.states[: len(captions)], mask, text.pooled[: len(captions)]), low_res, aug_level)
+            denoise = within(denoise, plain, self.sampling.guidance_interval, self.process.schedule)
+        return threshold(denoise, self.sampling.thresholding)
 
     @torch.no_grad()
     def sample(
@@ -214,7 +237,7 @@ class DiffusionMixin:
             low_res: (B, 3, h, w) in [-1, 1] at the stage's low_res_size; super-resolution only.
             aug_level: in [0, 1], noise put on low_res; super-resolution only.
             negative: B captions to steer away from.
-            on_step: called with no argument after each network evaluation.
+            on_step: called with no argument once a step, after its (first) network evaluation.
         """
         network = self.network
         was_training = network.training
@@ -224,23 +247,28 @@ class DiffusionMixin:
             shape = (len(captions), 3, self.image_size, self.image_size)
             x = noise_like(torch.empty(shape, device=device), generators)
             low_res, level = self.prepare_low_res(low_res, aug_level, generators, device)
+            run = sampler or self.sampling.sampler
             denoise = self.denoiser(
                 captions,
                 guidance=self.sampling.guidance if guidance is None else guidance,
                 low_res=low_res,
                 aug_level=level,
                 negative=negative,
+                variance=getattr(run, "needs_variance", False),
             )
             steps = self.sampling.num_steps if num_steps is None else num_steps
             times = self.sampling.spacing(steps, self.process.schedule)
 
+            evaluations, a_step = 0, getattr(run, "evaluations_per_step", 1)
+
             def counted(x_t: Tensor, t: Tensor) -> Tensor:
+                nonlocal evaluations
                 result = denoise(x_t, t)
-                if on_step is not None:
+                if on_step is not None and evaluations % a_step == 0:
                     on_step()
+                evaluations += 1
                 return result
 
-            run = sampler or self.sampling.sampler
             return run(counted, x, times, schedule=self.process.schedule, generator=generators)
         finally:
             self.train(was_training)  # type: ignore[attr-defined]

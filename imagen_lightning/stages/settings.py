@@ -12,10 +12,13 @@ from torch import nn
 from imagen_lightning.diffusion import (
     CosineSchedule,
     DiffusionProcess,
+    EvenTimes,
+    LearnedRange,
     Parametrization,
     Plain,
     StaticThresholding,
     Thresholding,
+    TrainingTimes,
     V,
     Weighting,
 )
@@ -33,20 +36,25 @@ class Diffusion:
         schedule: alpha and sigma over time; by default CosineSchedule.
         parametrization: what the network predicts; by default V.
         weighting: how much each noise level counts in the loss; by default Plain.
+        times: at which times the network is trained; by default EvenTimes. Validation is always even.
+        variance: LearnedRange for a network that gives channels for the variance as well; None for one that does not.
     """
 
     # None stands for the default: a configuration is written back as YAML, which cannot hold an object.
     schedule: Schedule = None  # type: ignore[assignment]
     parametrization: Parametrization = None  # type: ignore[assignment]
     weighting: Weighting = None  # type: ignore[assignment]
+    times: TrainingTimes = None  # type: ignore[assignment]
+    variance: LearnedRange | None = None
 
     def __post_init__(self) -> None:
         self.schedule = self.schedule or CosineSchedule()
         self.parametrization = self.parametrization or V()
         self.weighting = self.weighting or Plain()
+        self.times = self.times or EvenTimes()
 
     def process(self) -> DiffusionProcess:
-        return DiffusionProcess(self.schedule, self.parametrization, self.weighting)
+        return DiffusionProcess(self.schedule, self.parametrization, self.weighting, self.times, self.variance)
 
 
 @dataclass
@@ -108,6 +116,8 @@ class Sampling:
         guidance: classifier-free guidance weight, 1 for none.
         thresholding: what keeps x0 in range at each step; by default StaticThresholding (NoThresholding for nothing).
         spacing: where along the time the steps lie; by default UniformTimes.
+        guidance_interval: (low, high) of the noise level sigma / alpha, within which guidance acts; None for all.
+        guidance_rescale: in [0, 1], how far guided images are brought back to the spread of unguided ones.
     """
 
     sampler: Sampler = None  # type: ignore[assignment]
@@ -115,6 +125,8 @@ class Sampling:
     guidance: float = 3.0
     thresholding: Thresholding = None  # type: ignore[assignment]
     spacing: Spacing = None  # type: ignore[assignment]
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         self.sampler = self.sampler or DDIM()
@@ -122,6 +134,13 @@ class Sampling:
         self.spacing = self.spacing or UniformTimes()
         if self.num_steps < 1:
             raise InputError(f"sampling num_steps {self.num_steps} must be at least 1")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high:
+                raise InputError(f"guidance_interval from {low} to {high} must rise from 0 or above")
+            self.guidance_interval = (low, high)
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale {self.guidance_rescale} must be in [0, 1]")
 
 
 @dataclass

@@ -5,17 +5,27 @@ from imagen_lightning.diffusion import (
     X0,
     CosineSchedule,
     DiffusionProcess,
+    DiscreteSchedule,
     Epsilon,
     Flow,
     FlowSchedule,
+    LinearSchedule,
     LowResAugmentation,
     Plain,
     ShiftedCosineSchedule,
+    SigmoidSchedule,
     V,
 )
 from imagen_lightning.types import InputError
 
-SCHEDULES = [CosineSchedule(), ShiftedCosineSchedule(256), FlowSchedule()]
+SCHEDULES = [
+    CosineSchedule(),
+    ShiftedCosineSchedule(256),
+    FlowSchedule(),
+    LinearSchedule(),
+    SigmoidSchedule(),
+    DiscreteSchedule("squaredcos_cap_v2"),
+]
 PARAMETRIZATIONS = [Epsilon(), X0(), V(), Flow()]
 TIMES = torch.tensor([0.0, 1e-4, 0.1, 0.5, 0.9, 0.999, 1.0], dtype=torch.float64)
 

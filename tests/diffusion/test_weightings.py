@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from imagen_lightning.diffusion import X0, CosineSchedule, Epsilon, Flow, FlowSchedule, MinSNR, Plain, V
+from imagen_lightning.diffusion import (
+    P2,
+    X0,
+    CosineSchedule,
+    Epsilon,
+    Flow,
+    FlowSchedule,
+    MinSNR,
+    Plain,
+    SigmoidWeighting,
+    TruncatedSNR,
+    V,
+)
 from imagen_lightning.types import InputError
 
 TIMES = torch.tensor([0.01, 0.1, 0.25, 0.4, 0.6, 0.9, 0.99], dtype=torch.float64)
@@ -25,17 +37,29 @@ def test_min_snr_closed_forms(gamma):
     assert torch.allclose(weighting(alpha, sigma, V()), capped / (snr + 1))
 
 
+# weights of the squared error of x0, by the SNR
+ON_X0 = [
+    (MinSNR(), lambda snr: snr.clamp(max=5.0)),
+    (TruncatedSNR(), lambda snr: snr.clamp(min=1.0)),  # Salimans & Ho 2022, section 4
+    (SigmoidWeighting(1.5), lambda snr: snr * torch.sigmoid(1.5 - snr.log())),  # Kingma & Gao 2023
+    (P2(), lambda snr: snr / (1 + snr)),  # Choi et al. 2022, eq. 8
+    (P2(0.5, 2.0), lambda snr: snr / (2 + snr).sqrt()),
+    (P2(0.0), lambda snr: snr),
+]
+
+
+@pytest.mark.parametrize(("weighting", "on_x0"), ON_X0)
 @pytest.mark.parametrize("schedule", [CosineSchedule(), FlowSchedule()])
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
-def test_min_snr_weighs_the_same_error_of_x0_the_same(schedule, parametrization):
+def test_the_same_error_of_x0_weighs_the_same(schedule, parametrization, weighting, on_x0):
     alpha, sigma, snr = levels(schedule)
     x_t, output = torch.ones_like(alpha), torch.full_like(alpha, 0.3)
     error_of_output = 1e-3
     error_of_x0 = parametrization.x0(output + error_of_output, x_t, alpha, sigma) - parametrization.x0(
         output, x_t, alpha, sigma
     )
-    loss = MinSNR()(alpha, sigma, parametrization) * error_of_output**2
-    assert torch.allclose(loss, snr.clamp(max=5.0) * error_of_x0**2, rtol=1e-8)
+    loss = weighting(alpha, sigma, parametrization) * error_of_output**2
+    assert torch.allclose(loss, on_x0(snr) * error_of_x0**2, rtol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -72,3 +96,18 @@ def test_plain_is_one():
 def test_gamma_must_be_positive(gamma):
     with pytest.raises(InputError, match="gamma"):
         MinSNR(gamma)
+
+
+@pytest.mark.parametrize("weighting", [TruncatedSNR(), SigmoidWeighting(), P2()])
+@pytest.mark.parametrize("parametrization", [Epsilon(), V(), Flow()])
+def test_the_other_weightings_are_finite_near_the_data(weighting, parametrization):
+    sigma = torch.tensor([1e-12, 1e-8], dtype=torch.float32)
+    weights = weighting(torch.ones_like(sigma), sigma, parametrization)
+    assert weights.isfinite().all()
+    assert weights.max() < 1.01
+
+
+@pytest.mark.parametrize(("gamma", "k"), [(-0.1, 1.0), (1.0, 0.0), (float("nan"), 1.0)])
+def test_p2_arguments(gamma, k):
+    with pytest.raises(InputError, match="P2 gamma"):
+        P2(gamma, k)
