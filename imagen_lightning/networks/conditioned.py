@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagen_lightning.networks.attention import TextAttention, key_mask
-from imagen_lightning.networks.layers import TimeEmbedding
-from imagen_lightning.types import Conditioning, InputError
+from imagen_lightning.networks.attention import TextAttention, TextReader, key_mask
+from imagen_lightning.networks.layers import TimeEmbedding, activation
+from imagen_lightning.networks.pooling import AttentionPooling, MeanPooling
+from imagen_lightning.types import Conditioning, InputError, Text
+
+POOLINGS = ("mean", "attention", "none")
+
+
+@dataclass
+class Precomputed(Conditioning):
+    """A conditioning with all that its text gives a network at every step of a sampling run.
+
+    Attributes:
+        text_embedding: (B, time_dim) what the pooled text adds to the embedding of the time, or None.
+    """
+
+    text_embedding: Tensor | None = None
 
 
 class ConditionedNetwork(nn.Module):
-    """Base of the U-Nets: `network(x_t, time, conditioning)` with x_t (B, C, H, W), time (B,) in [0, 1000].
+    """Base of the networks: `network(x_t, time, conditioning)` with x_t (B, C, H, W), time (B,) in [0, 1000].
 
     Args:
         channels: C of the images.
@@ -23,19 +39,46 @@ class ConditionedNetwork(nn.Module):
         text_dim: D of the text states, None for a network without text.
         low_res: whether the upsampled low-resolution image is concatenated to x_t, and its augmentation level embedded.
         patch_size: side of the pixel patches folded into channels before the first convolution.
+        act: "silu" or "gelu".
+        embedding_activations: applied in turn to the embedding; None is `act`, once.
+        text_projection: features that the states are projected to before attention reads them; None keeps D.
+        text_pooling: "mean" (of the states), "attention" or "none": what is added to the embedding.
+        pooling_heads: of the pooling by attention; divides D.
     """
 
     def __init__(
-        self, channels: int, time_channels: int, time_dim: int, text_dim: int | None, low_res: bool, patch_size: int
+        self,
+        channels: int,
+        time_channels: int,
+        time_dim: int,
+        text_dim: int | None,
+        low_res: bool,
+        patch_size: int,
+        *,
+        act: str = "silu",
+        embedding_activations: Sequence[str] | None = None,
+        text_projection: int | None = None,
+        text_pooling: str = "mean",
+        pooling_heads: int = 64,
     ) -> None:
         super().__init__()
+        if text_pooling not in POOLINGS:
+            raise InputError(f"text_pooling {text_pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
         self.channels = channels
         self.text_dim = text_dim
         self.low_res = low_res
         self.patch_size = patch_size
-        self.time_embedding = TimeEmbedding(time_channels, time_dim)
-        self.text_embedding = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, time_dim)) if text_dim else None
-        self.aug_embedding = TimeEmbedding(time_channels, time_dim) if low_res else None
+        self.time_embedding = TimeEmbedding(time_channels, time_dim, act)
+        self.text_embedding: nn.Module | None = None
+        self.project_text: nn.Module | None = None
+        if text_dim is not None and text_pooling != "none":
+            pooling = MeanPooling(text_dim, time_dim) if text_pooling == "mean" else None
+            self.text_embedding = pooling or AttentionPooling(text_dim, time_dim, pooling_heads)
+        if text_dim is not None and text_projection is not None:
+            self.project_text = nn.Linear(text_dim, text_projection)
+        self.aug_embedding = TimeEmbedding(time_channels, time_dim, act) if low_res else None
+        names = [act] if embedding_activations is None else embedding_activations
+        self.activate_embedding = nn.Sequential(*(activation(name) for name in names))
         self.in_channels = (2 if low_res else 1) * channels * patch_size**2
 
     def check(self, x_t: Tensor, conditioning: Conditioning, stride: int) -> None:
@@ -60,38 +103,68 @@ class ConditionedNetwork(nn.Module):
     def embed(self, time: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, time_dim), activated."""
         embedding = self.time_embedding(time)
-        if self.text_embedding is not None and conditioning.text is not None:
-            embedding = embedding + self.text_embedding(conditioning.text.pooled.to(embedding.dtype))
+        pooled = self._pooled(conditioning)
+        if pooled is not None:
+            embedding = embedding + pooled.to(embedding.dtype)
         if self.aug_embedding is not None and conditioning.aug_level is not None:
             embedding = embedding + self.aug_embedding(1000.0 * conditioning.aug_level)
-        return F.silu(embedding)
+        return self.activate_embedding(embedding)
+
+    def _pooled(self, conditioning: Conditioning) -> Tensor | None:
+        """(B, time_dim) of the text, or None."""
+        if isinstance(conditioning, Precomputed):
+            return conditioning.text_embedding
+        if self.text_embedding is None or conditioning.text is None:
+            return None
+        return self.text_embedding(conditioning.text)
 
     def join(self, x_t: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t and the low-resolution image as one input, patches folded."""
         x = x_t if conditioning.low_res is None else torch.cat([x_t, conditioning.low_res.to(x_t.dtype)], dim=1)
         return F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
 
+    def read(self, conditioning: Conditioning) -> Text | None:
+        """The text as the attention layers read it: its states projected, where the network projects them."""
+        text = conditioning.text
+        if text is None or self.project_text is None or isinstance(conditioning, Precomputed):
+            return text
+        return replace(text, states=self.project_text(text.states))
+
     def precompute(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning with every layer's text keys and values, which serve all steps of a sampling run."""
-        if conditioning.text is None:
+        text = self.read(conditioning)
+        if text is None or isinstance(conditioning, Precomputed):
             return conditioning
-        states = conditioning.text.states
         key_values = {
-            name: layer.text_key_values(states)
+            name: layer.text_key_values(text.states, text.mask)
             for name, layer in self.named_modules()
-            if isinstance(layer, TextAttention) and layer.text_to_kv is not None
+            if isinstance(layer, TextReader) and layer.text_to_kv is not None
         }
-        return replace(conditioning, key_values=key_values)
+        given = conditioning
+        return Precomputed(given.text, given.low_res, given.aug_level, key_values, self._pooled(given))
 
-    def attend(self, name: str, layer: TextAttention, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """Runs an attention layer with the conditioning's text."""
-        text = conditioning.text
+    def attend(self, name: str, layer: nn.Module, x: Tensor, conditioning: Conditioning, text: Text | None) -> Tensor:
+        """Runs the attention layer of that name, if it is one, with the conditioning's text as `read` gives it."""
+        if not isinstance(layer, TextAttention):
+            return x
         if text is None or layer.text_to_kv is None:
             return layer(x)
         key_values = conditioning.key_values.get(name)
         if key_values is None:
-            key_values = layer.text_key_values(text.states)
+            key_values = layer.text_key_values(text.states, text.mask)
         return layer(x, key_values, key_mask(text.mask, x.shape[-1] * x.shape[-2], x.dtype))
+
+
+def one_per_level(value: Any, levels: int, name: str) -> list[Any]:
+    """One value a level, from one for all or a list.
+
+    Raises:
+        InputError: the list's length differs from the number of levels.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value] * levels
+    if len(values) != levels:
+        raise InputError(f"{name} {values} has {len(values)} entries for {levels} levels")
+    return values
 
 
 def per_level(value: int | list[int] | tuple[int, ...], levels: int, name: str) -> list[int]:
@@ -100,9 +173,7 @@ def per_level(value: int | list[int] | tuple[int, ...], levels: int, name: str) 
     Raises:
         InputError: the list's length differs from the number of levels, or a number is below 1.
     """
-    numbers = [value] * levels if isinstance(value, int) else list(value)
-    if len(numbers) != levels:
-        raise InputError(f"{name} {numbers} has {len(numbers)} entries for {levels} levels")
+    numbers = one_per_level(value, levels, name)
     if any(number < 1 for number in numbers):
         raise InputError(f"{name} {numbers} must be at least 1 at every level")
     return numbers

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_lightning.networks.attention import TextAttention
-from imagen_lightning.networks.conditioned import ConditionedNetwork, per_level
-from imagen_lightning.networks.layers import ResidualBlock
+from imagen_lightning.networks.conditioned import ConditionedNetwork, one_per_level, per_level
+from imagen_lightning.networks.layers import NearestUp, PixelShuffleUp, ResidualBlock, TransposedUp, recomputed
 from imagen_lightning.types import Conditioning, InputError
 
 ATTENTION_FORMS = ("none", "self", "cross")
+UPSAMPLINGS: dict[str, type[nn.Module]] = {
+    "nearest": NearestUp,
+    "pixel_shuffle": PixelShuffleUp,
+    "transposed": TransposedUp,
+}
 
 
 class EfficientUNet(ConditionedNetwork):
@@ -36,6 +42,10 @@ class EfficientUNet(ConditionedNetwork):
         groups: of the group normalisations.
         dropout: in the residual blocks.
         channels: of the images.
+        out_channels: of the output: those of the images, or twice as many where the variance is learned.
+        upsampling: how a level doubles its map: "nearest" (and a convolution), "pixel_shuffle" or "transposed".
+        recompute: whether a level's activations are computed again in the backward pass instead of kept, one value or
+            one a level: less memory for a third more time.
     """
 
     def __init__(
@@ -51,17 +61,24 @@ class EfficientUNet(ConditionedNetwork):
         groups: int = 32,
         dropout: float = 0.0,
         channels: int = 3,
+        out_channels: int = 3,
+        upsampling: str = "nearest",
+        recompute: bool | list[bool] = False,
     ) -> None:
         time_dim = 4 * dim
         super().__init__(channels, dim, time_dim, text_dim, low_res, patch_size)
         self.dim, self.multipliers, self.num_blocks, self.attention = dim, multipliers, num_blocks, attention
-        self.head_dim, self.groups, self.dropout = head_dim, groups, dropout
+        self.head_dim, self.groups, self.dropout, self.out_channels = head_dim, groups, dropout, out_channels
+        self.upsampling, self.recompute = upsampling, recompute
         levels = len(multipliers)
         blocks = per_level(num_blocks, levels, "num_blocks")
         if len(attention) != levels or any(form not in ATTENTION_FORMS for form in attention):
             raise InputError(
                 f"attention {list(attention)} must name one of {ATTENTION_FORMS} for each of {levels} levels"
             )
+        if upsampling not in UPSAMPLINGS:
+            raise InputError(f"upsampling {upsampling!r} is unknown; use one of {', '.join(UPSAMPLINGS)}")
+        self.recompute_levels = one_per_level(recompute, levels, "recompute")
         widths = [dim * multiplier for multiplier in multipliers]
         if any(width % groups for width in [dim, *widths]):
             raise InputError(f"groups {groups} does not divide every level's channels {widths}")
@@ -87,32 +104,40 @@ class EfficientUNet(ConditionedNetwork):
                 nn.ModuleList(ResidualBlock(size, width, time_dim, "none", groups, dropout) for size in inputs)
             )
             self.up_attention.append(attend(width, attention[level]))
-            self.up.append(nn.Conv2d(width, above, 3, padding=1))
+            self.up.append(UPSAMPLINGS[upsampling](width, above))
         self.norm_out = nn.GroupNorm(groups, dim)
-        self.conv_out = nn.Conv2d(dim, channels * patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(dim, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
     def forward(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """x_t (B, C, H, W), time (B,) in [0, 1000] to the output (B, C, H, W)."""
+        """x_t (B, C, H, W), time (B,) in [0, 1000] to the output (B, out_channels, H, W)."""
         self.check(x_t, conditioning, self.stride)
-        embedding = self.embed(time, conditioning)
+        embedding, text = self.embed(time, conditioning), self.read(conditioning)
 
-        def run(part: str, level: int, blocks: nn.Module, attention: nn.Module, h: Tensor) -> Tensor:
-            for block in blocks:  # type: ignore[attr-defined]
+        def descend(level: int, h: Tensor) -> Tensor:
+            h = self.down[level](h)
+            for block in self.down_blocks[level]:  # type: ignore[attr-defined]
                 h = block(h, embedding)
-            if isinstance(attention, TextAttention):
-                h = self.attend(f"{part}_attention.{level}", attention, h, conditioning)
-            return h
+            return self.attend(f"down_attention.{level}", self.down_attention[level], h, conditioning, text)
+
+        def ascend(level: int, h: Tensor, skip: Tensor) -> Tensor:
+            h = torch.cat([h, skip / math.sqrt(2)], dim=1)
+            for block in self.up_blocks[level]:  # type: ignore[attr-defined]
+                h = block(h, embedding)
+            h = self.attend(f"up_attention.{level}", self.up_attention[level], h, conditioning, text)
+            return self.up[level](h)
+
+        def run(part: Callable[..., Tensor], level: int, *maps: Tensor) -> Tensor:
+            part = partial(part, level)
+            return recomputed(part, *maps) if self.recompute_levels[level] else part(*maps)
 
         h = stem = self.conv_in(self.join(x_t, conditioning))
         skips = []
-        for level, down in enumerate(self.down):
-            h = run("down", level, self.down_blocks[level], self.down_attention[level], down(h))
+        for level in range(len(self.down)):
+            h = run(descend, level, h)
             skips.append(h)
         for level in reversed(range(len(self.up))):
-            h = torch.cat([h, skips[level] / math.sqrt(2)], dim=1)
-            h = run("up", level, self.up_blocks[level], self.up_attention[level], h)
-            h = self.up[level](F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            h = run(ascend, level, h, skips.pop())
         h = self.conv_out(F.silu(self.norm_out(h + stem)))
         return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h

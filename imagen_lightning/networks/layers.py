@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from imagen_lightning.types import InputError
+
+
+class SiLU(nn.Module):
+    """x sigmoid(x), in the memory of x where no gradient is asked for (with one, x would be copied first)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def activation(name: str) -> nn.Module:
+    """The layer that "silu" or "gelu" names, for maps and vectors that nobody else holds.
+
+    Raises:
+        InputError: any other name.
+    """
+    if name not in ("silu", "gelu"):
+        raise InputError(f"activation {name!r} is unknown; use 'silu' or 'gelu'")
+    return SiLU() if name == "silu" else nn.GELU()
+
+
+def add(x: Tensor, h: Tensor) -> Tensor:
+    """x + h, in the memory of h: a map that nobody else holds and no gradient needs."""
+    return h.add_(x) if h.dtype == x.dtype else x + h
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), whose activations are computed again in the backward pass instead of kept (Chen et al. 2016).
+
+    Random numbers, as dropout's, are the same both times.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[return-value]
 
 
 def sinusoidal(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -20,10 +57,10 @@ def sinusoidal(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
 class TimeEmbedding(nn.Module):
     """A time, or an augmentation level times 1000, to the embedding that conditions every block."""
 
-    def __init__(self, channels: int, dim: int) -> None:
+    def __init__(self, channels: int, dim: int, act: str = "silu") -> None:
         super().__init__()
         self.channels = channels
-        self.net = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.net = nn.Sequential(nn.Linear(channels, dim), activation(act), nn.Linear(dim, dim))
 
     def forward(self, time: Tensor) -> Tensor:
         features = sinusoidal(time, self.channels)
@@ -31,7 +68,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, with the time's scale and shift on the second norm (Dhariwal & Nichol 2021).
+    """Norm, activation, convolution, twice; the time scales and shifts the second norm (Dhariwal & Nichol 2021).
 
     Args:
         in_channels, out_channels: of the feature map.
@@ -39,6 +76,9 @@ class ResidualBlock(nn.Module):
         resample: "down" or "up" halves or doubles the map inside the block, "none" keeps it.
         groups: of the normalisations.
         dropout: before the second convolution.
+        act: "silu" or "gelu".
+        eps: of the normalisations.
+        scale: what the sum of shortcut and branch is divided by.
     """
 
     def __init__(
@@ -49,13 +89,18 @@ class ResidualBlock(nn.Module):
         resample: str = "none",
         groups: int = 32,
         dropout: float = 0.0,
+        act: str = "silu",
+        eps: float = 1e-5,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.scale = scale
+        self.activation = activation(act)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
@@ -71,8 +116,42 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, C, H, W) and the activated embedding (B, time_dim)."""
-        h = self.conv1(self._resample(F.silu(self.norm1(x))))
+        h = self.conv1(self._resample(self.activation(self.norm1(x))))
         scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return self.shortcut(self._resample(x)) + h
+        h = add(self.shortcut(self._resample(x)), self.conv2(self.dropout(self.activation(h))))
+        return h if self.scale == 1 else h.div_(self.scale)
+
+
+class NearestUp(nn.Conv2d):
+    """Doubles a map by repeating its pixels, then convolves it (Odena et al. 2016): no checkerboard, most FLOPs."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class PixelShuffleUp(nn.Conv2d):
+    """Convolves a map into four times the channels, which become 2 x 2 pixels (Shi et al. 2016).
+
+    The four pixels begin equal (ICNR, Aitken et al. 2017), hence without a checkerboard.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, 4 * out_channels, 3, padding=1)
+        with torch.no_grad():
+            for parameter in (self.weight, self.bias):
+                assert parameter is not None
+                parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().forward(x), 2)
+
+
+class TransposedUp(nn.ConvTranspose2d):
+    """Doubles a map by a transposed convolution of 4 x 4, a multiple of its stride: each pixel gets as many taps."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 4, stride=2, padding=1)

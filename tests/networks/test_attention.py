@@ -26,17 +26,16 @@ def direct(layer, x, states, mask):
     for b in range(len(x)):
         normed = F.group_norm(x[b : b + 1], 3, layer.norm.weight, layer.norm.bias, layer.norm.eps)[0]
         pixels = normed.reshape(CHANNELS, -1).T
-        queries = layer.to_q(pixels)
+        queries, *own = layer.to_qkv(pixels).split(CHANNELS, dim=1)
         keys, values = [], []
         if states is not None:
             kept = states[b][mask[b]]
             pair = layer.text_to_kv(F.layer_norm(kept, (TEXT_DIM,), layer.text_norm.weight, layer.text_norm.bias))
             keys.append(pair[:, :CHANNELS])
             values.append(pair[:, CHANNELS:])
-        if layer.to_kv is not None:
-            pair = layer.to_kv(pixels)
-            keys.append(pair[:, :CHANNELS])
-            values.append(pair[:, CHANNELS:])
+        if layer.to_self:
+            keys.append(own[0])
+            values.append(own[1])
         keys, values = torch.cat(keys), torch.cat(values)
         result = torch.zeros_like(queries)
         for head in range(CHANNELS // HEAD_DIM):
