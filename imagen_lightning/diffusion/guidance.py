@@ -39,7 +39,7 @@ def guide(denoise: Denoiser, scale: float | Sequence[float] | Tensor, rescale: f
 
 
 def within(guided: Denoiser, plain: Denoiser, interval: tuple[float, float], schedule: Schedule) -> Denoiser:
-    """`guided` where the noise level is in the interval, else `plain` (Kynkäänniemi et al. 2024, eq. 4).
+    """`guided` where the noise level is in the interval, else `plain` (Kynkäänniemi et al. 2024).
 
     Args:
         guided: what `guide` made.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,6 +39,18 @@ def steps(times: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def level(schedule: Schedule, t: Tensor) -> tuple[float, float]:
     """alpha(t) and sigma(t) of a 0-d float64 time, as numbers."""
     return float(schedule.alpha(t)), float(schedule.sigma(t))
+
+
+def time_at(schedule: Schedule, what: str) -> Callable[[Tensor], Tensor]:
+    """The schedule's inverse of its log-SNR.
+
+    Raises:
+        InputError: it has none; `what` needs it.
+    """
+    inverse = getattr(schedule, "time_at", None)
+    if inverse is None:
+        raise InputError(f"{what} needs a schedule with time_at(log_snr); {type(schedule).__name__} has none")
+    return inverse
 
 
 def batch_time(t: Tensor, x: Tensor) -> Tensor:
