@@ -7,15 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from imagen_lightning.cli import fit
-from imagen_lightning.components import describe
-from imagen_lightning.stages import DiffusionMixin
-from imagen_lightning.types import Conditioning, Text
+from imagen_lightning.components import build, describe
+from imagen_lightning.stages import BaseStage, DiffusionMixin
+from imagen_lightning.text import T5TextEncoder
+from imagen_lightning.types import Batch, Conditioning, Text
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
-CHAINS = [("quickstart/base.yaml", "quickstart/sr.yaml"), ("domain/emoji/base_64.yaml", "domain/emoji/sr_256.yaml")]
+CHAINS = [
+    ("quickstart/base.yaml", "quickstart/sr.yaml"),
+    ("domain/emoji/base_64.yaml", "domain/emoji/sr_256.yaml"),
+    ("paper/base_64.yaml", "paper/sr_256.yaml"),
+    ("paper/sr_256.yaml", "paper/sr_1024.yaml"),
+]
+PAPER = {"paper/base_64.yaml": "2B", "paper/sr_256.yaml": "600M", "paper/sr_1024.yaml": "400M"}
+T5_DIMS = {"google/t5-v1_1-xxl": 4096}
 
 
 class Parts(fit.StageCLI):
@@ -32,6 +41,8 @@ class Parts(fit.StageCLI):
 def make(tmp_path, monkeypatch):
     """Stage, data and configuration of an experiment or file; the stage's tensors have no memory."""
     monkeypatch.chdir(tmp_path)
+    # The width of a published encoder, without asking the hub for its config.json.
+    monkeypatch.setattr(T5TextEncoder, "dim", property(lambda encoder: T5_DIMS[encoder.name_or_path]))
 
     def parts(name):
         monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *fit.prepare("fit", ["--config", str(name)])])
@@ -66,6 +77,66 @@ def test_it_makes_its_parts(make, name, tmp_path):
 
     (tmp_path / "printed.yaml").write_text(made.dump())
     assert yaml.safe_load(make("printed.yaml").dump()) == yaml.safe_load(made.dump())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_stages_have_the_sizes_that_their_heads_say(make, name):
+    stage = make(name).model
+    network, dim = stage.network, stage.text.dim
+    count = sum(parameter.numel() for parameter in network.parameters())
+
+    def flops(size):
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            images, zero = torch.zeros(1, 3, size, size), torch.zeros(1)
+            text = Text(torch.zeros(1, 128, dim), None, torch.zeros(1, dim))
+            network(images, zero, Conditioning(text, *((images, zero) if network.low_res else ())))
+        return counter.get_total_flops()
+
+    found = f"{count / 1e9:.3f}B parameters, {flops(stage.image_size) / 1e12:.3f} TFLOPs a forward pass of one image"
+    crop = getattr(stage, "crop_size", None)
+    if crop is not None:
+        found += f", {flops(crop) / 1e12:.3f} of one crop in training"
+    print(f"{name}: {found}")
+    head = (EXPERIMENTS / name).read_text()
+    assert f"# size:     {found}\n" in head
+    assert f"# paper:    {PAPER[name]} parameters." in head
+
+
+def test_why_the_papers_sizes_differ(make):
+    base = make("paper/base_64.yaml").model.network
+    resampling = [block for block in [*base.down_blocks, *base.up_blocks] if block.resample != "none"]
+    joins = sum(parameter.numel() for block in resampling for parameter in block.parameters())
+    assert f"{joins / 1e9:.3f}B;" in (EXPERIMENTS / "paper/base_64.yaml").read_text()
+    network = make("paper/sr_256.yaml").model.network
+    count = sum(parameter.numel() for parameter in network.parameters())
+    for level in network.up_blocks:
+        first, *others = (sum(p.numel() for p in block.parameters()) for block in level)
+        count += sum(first - other for other in others)
+    assert f"would make {count / 1e9:.3f}B." in (EXPERIMENTS / "paper/sr_256.yaml").read_text()
+
+
+def test_a_transformer_takes_the_unets_place_by_yaml_alone(make, tmp_path):
+    config = yaml.safe_load((EXPERIMENTS / "quickstart/base.yaml").read_text())
+    settings = {"dim": 16, "num_layers": 2, "patch_size": 4, "bottleneck": 8, "head_dim": 8, "text_dim": 128}
+    config["model"]["init_args"]["network"] = {
+        "class_path": "imagen_lightning.networks.PatchTransformer",
+        "init_args": settings,
+    }
+    (tmp_path / "transformer.yaml").write_text(yaml.safe_dump(config))
+    described = make("transformer.yaml").model.hyperparameters()
+    stage = BaseStage(**{name: build(value) for name, value in described.items()})  # with memory
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images, ["a red star", "a dog", "", "a blue star"], list("abcd"), torch.arange(4))
+    optimizer, losses = torch.optim.Adam(stage.parameters(), lr=3e-3), []
+    for _ in range(30):
+        losses.append(stage.diffusion_loss(*stage.condition(batch, 0, True), batch.positions, 0)[0].mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    samples = stage.sample(["a red star"], [torch.Generator().manual_seed(0)], num_steps=3)
+    assert samples.shape == (1, 3, 16, 16)
+    assert samples.isfinite().all()
 
 
 @pytest.mark.parametrize("chain", CHAINS)

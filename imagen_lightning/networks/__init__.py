@@ -1,6 +1,7 @@
 """Networks: `network(x_t, time, conditioning) -> output`."""
 
 from imagen_lightning.networks.efficient_unet import EfficientUNet
+from imagen_lightning.networks.patch_transformer import PatchTransformer
 from imagen_lightning.networks.unet import UNet
 
-__all__ = ["EfficientUNet", "UNet"]
+__all__ = ["EfficientUNet", "PatchTransformer", "UNet"]

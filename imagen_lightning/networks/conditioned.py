@@ -149,10 +149,17 @@ class ConditionedNetwork(nn.Module):
             return x
         if text is None or layer.text_to_kv is None:
             return layer(x)
-        key_values = conditioning.key_values.get(name)
-        if key_values is None:
-            key_values = layer.text_key_values(text.states, text.mask)
-        return layer(x, key_values, key_mask(text.mask, x.shape[-1] * x.shape[-2], x.dtype))
+        pair = self.key_values(name, layer, conditioning, text)
+        return layer(x, pair, key_mask(text.mask, x.shape[-1] * x.shape[-2], x.dtype))
+
+    def key_values(
+        self, name: str, layer: TextReader, conditioning: Conditioning, text: Text | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The text's keys and values for the layer of that name: those computed before, else computed now."""
+        if text is None or layer.text_to_kv is None:
+            return None
+        ready = conditioning.key_values.get(name)
+        return layer.text_key_values(text.states, text.mask) if ready is None else ready
 
 
 def one_per_level(value: Any, levels: int, name: str) -> list[Any]:

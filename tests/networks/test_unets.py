@@ -1,4 +1,4 @@
-"""What holds for both U-Nets."""
+"""What holds for every network."""
 
 from dataclasses import replace
 
@@ -6,22 +6,43 @@ import pytest
 import torch
 
 from imagen_lightning.components import build, describe
-from imagen_lightning.networks import EfficientUNet, UNet
+from imagen_lightning.networks import EfficientUNet, PatchTransformer, UNet
 from imagen_lightning.types import Conditioning, InputError, Text
 
 TEXT_DIM, LENGTH, SIZE = 6, 5, 8
 SMALL = {"dim": 8, "multipliers": [1, 2], "num_blocks": [1, 2], "head_dim": 4, "groups": 4}
 BASE = {**SMALL, "attention": [False, True]}
+AS_IF = {
+    "activation": "gelu",
+    "embedding_activations": ["gelu", "gelu"],
+    "text_projection": 32,
+    "text_norm": "group",
+    "text_pooling": "attention",
+    "pooling_heads": 3,
+    "skip_scale": 0.7,
+    "mid_scale": 1.4,
+    "out_scale": 1.2,
+    "time_dim": 24,
+    "head_dim": [8, 4],
+}
+PATCHES = {"dim": 16, "num_layers": 2, "patch_size": 2, "bottleneck": 6, "head_dim": 8}
 EFFICIENT = {**SMALL, "attention": ["none", "self"]}
 NETWORKS = {
     "unet": (UNet, {**BASE, "text_dim": TEXT_DIM}),
     "unet patch 2": (UNet, {**BASE, "text_dim": TEXT_DIM, "patch_size": 2}),
     "unet low_res": (UNet, {**BASE, "text_dim": TEXT_DIM, "low_res": True, "attention": [True, True]}),
     "unet no text": (UNet, BASE),
+    "unet as IF": (UNet, {**BASE, "text_dim": TEXT_DIM, **AS_IF}),
+    "unet as IF low_res": (UNet, {**BASE, "text_dim": TEXT_DIM, "low_res": True, **AS_IF}),
     "efficient": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM}),
     "efficient cross": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM, "attention": ["none", "cross"]}),
     "efficient patch 2": (EfficientUNet, {**EFFICIENT, "text_dim": TEXT_DIM, "patch_size": 2}),
     "efficient no text": (EfficientUNet, EFFICIENT),
+    "efficient pixel_shuffle": (EfficientUNet, {**EFFICIENT, "upsampling": "pixel_shuffle"}),
+    "efficient transposed": (EfficientUNet, {**EFFICIENT, "upsampling": "transposed"}),
+    "patches": (PatchTransformer, {**PATCHES, "text_dim": TEXT_DIM}),
+    "patches low_res": (PatchTransformer, {**PATCHES, "text_dim": TEXT_DIM, "low_res": True}),
+    "patches no text": (PatchTransformer, PATCHES),
 }
 
 
@@ -111,7 +132,8 @@ def test_each_input_matters(name):
     text = conditioning.text
     if text is not None:
         assert differs(x, time, replace(conditioning, text=replace(text, states=text.states.flip(0))))
-        assert differs(x, time, replace(conditioning, text=replace(text, pooled=text.pooled.flip(0))))
+        if network.project_text is None:
+            assert differs(x, time, replace(conditioning, text=replace(text, pooled=text.pooled.flip(0))))
         assert differs(x, time, replace(conditioning, text=replace(text, mask=None)))
     if conditioning.low_res is not None:
         assert differs(x, time, replace(conditioning, low_res=conditioning.low_res.flip(0)))
@@ -132,7 +154,7 @@ def test_padding_of_the_text_changes_nothing(name):
         text.pooled,
     )
     assert near(network(x, time, replace(conditioning, text=padded)), whole)
-    other = text.states.clone()
+    other = text.states.clone()  # even where one caption's statistics are taken over all its tokens
     other[0, 3:] = 7.0
     assert near(network(x, time, replace(conditioning, text=replace(text, states=other))), whole)
     every = replace(text, mask=torch.ones_like(text.mask))
@@ -226,6 +248,18 @@ def test_conditioning_that_does_not_fit():
         ("efficient", {"attention": ["none", "all"]}, "'all'"),
         ("efficient", {"attention": ["none"]}, "each of 2 levels"),
         ("efficient no text", {"attention": ["none", "cross"]}, "needs text"),
+        ("efficient", {"upsampling": "bilinear"}, "'bilinear' is unknown; use one of nearest"),
+        ("efficient", {"recompute": [True]}, r"recompute \[True\] has 1 entries"),
+        ("unet", {"head_dim": [4]}, "1 entries for 2 levels"),
+        ("unet", {"activation": "relu"}, "'relu' is unknown; use 'silu' or 'gelu'"),
+        ("unet", {"embedding_activations": ["tanh"]}, "'tanh' is unknown"),
+        ("unet", {"text_norm": "batch"}, "'batch' is unknown; use one of layer, group, none"),
+        ("unet", {"text_norm": "group"}, "do not divide the text's 6 features"),
+        ("unet", {"text_pooling": "max"}, "'max' is unknown; use one of mean, attention, none"),
+        ("unet", {"text_pooling": "attention"}, "pooling_heads 64 do not divide"),
+        ("unet", {"multipliers": [1, 1.3]}, "groups 4"),
+        ("patches", {"head_dim": 6}, "head_dim 6 must be a multiple of 4"),
+        ("patches", {"head_dim": 12}, "divide dim 16"),
     ],
 )
 def test_arguments_that_do_not_fit(name, change, message):
@@ -272,3 +306,91 @@ def test_the_efficient_unet_scales_its_skips_and_adds_its_stem():
     stem = network.conv_in(torch.cat([x, conditioning.low_res], dim=1))
     expected = network.conv_out(torch.nn.functional.silu(network.norm_out(stem)))
     assert near(network(x, time, conditioning), expected)
+
+
+def gradients_and_kept_bytes(network, inputs, seed=3):
+    """Gradients of a functional of the output, and the bytes kept from the forward for the backward pass."""
+    network.zero_grad()
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(seed)  # of the dropout
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(*inputs)
+    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}, sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["unet", "unet as IF low_res", "efficient", "patches"])
+def test_recomputed_activations_give_the_same_gradients_from_less_memory(name):
+    plain, again = make(name, dropout=0.3).train(), make(name, dropout=0.3, recompute=True).train()
+    inputs = make_inputs(plain, 16)
+    (expected, much), (found, little) = (gradients_and_kept_bytes(network, inputs) for network in (plain, again))
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], gradient), key
+    assert little < 0.5 * much
+
+
+@pytest.mark.parametrize("name", ["unet", "efficient"])
+def test_levels_are_recomputed_one_by_one(name):
+    kept = [gradients_and_kept_bytes(n := make(name, recompute=r).train(), make_inputs(n, 16))[1] for r in LEVELS]
+    none, first, last, both = kept
+    assert none > max(first, last)
+    assert min(first, last) > both
+
+
+LEVELS = ([False, False], [True, False], [False, True], [True, True])
+
+
+@torch.no_grad()
+def test_a_learned_variance_doubles_the_output():
+    for name in ("unet", "unet patch 2", "efficient", "efficient patch 2", "patches"):
+        network = make(name, out_channels=6)
+        inputs = make_inputs(network)
+        assert network.out_channels == 6
+        assert network(*inputs).shape == (3, 6, SIZE, SIZE)
+
+
+@torch.no_grad()
+def test_the_skips_of_the_unet_are_scaled():
+    plain, scaled = make("unet no text"), make("unet no text", skip_scale=0.5)
+    for network in (plain, scaled):
+        network.seen = []
+        network.up_blocks[0].register_forward_pre_hook(lambda m, inputs, n=network: n.seen.append(inputs[0]))
+        network(*make_inputs(network))
+    (lowest, skip), (same, half) = (network.seen[0].tensor_split([16], dim=1) for network in (plain, scaled))
+    assert torch.equal(lowest, same)
+    assert torch.equal(half, 0.5 * skip)
+
+
+@torch.no_grad()
+def test_a_patch_may_lie_anywhere_but_knows_its_place():
+    network = make("patches no text")
+    x, time, conditioning = make_inputs(network)
+    moved = network(x.roll(2, dims=-1), time, conditioning)
+    assert not near(moved.roll(-2, dims=-1), network(x, time, conditioning))
+
+
+@pytest.mark.parametrize("name", ["efficient no text", "efficient pixel_shuffle"])
+@torch.no_grad()
+def test_upsampling_begins_without_a_checkerboard(name):
+    """From a flat map each of the two gives 2 x 2 pixels alike, away from the border."""
+    cls, arguments = NETWORKS[name]
+    up = cls(**arguments).up[1]
+    out = up(torch.randn(1, up.in_channels, 1, 1).expand(1, -1, 6, 6))[..., 2:-2, 2:-2]
+    assert out.shape[-1] == 8
+    assert near(out, out[..., :1, :1].expand_as(out))
+
+
+@torch.no_grad()
+def test_every_upsampling_doubles_the_map_with_the_channels_above():
+    for form in ("nearest", "pixel_shuffle", "transposed"):
+        network = make("efficient no text", upsampling=form)
+        assert network.up[1](torch.randn(1, 16, 3, 5)).shape == (1, 8, 6, 10)
+        weights = dict(network.up[1].named_parameters())
+        assert weights["weight"].numel() == {"nearest": 9, "pixel_shuffle": 36, "transposed": 16}[form] * 16 * 8
