@@ -27,8 +27,9 @@ class T5TextEncoder(TextEncoder):
 
     `name` is the hub name (with "@revision" where one is given) or, for a local folder, the folder's own name and eight
     digits of its config.json's SHA-256, never the path before it: copies of a folder on different machines count as the
-    same encoder. "+clean" follows where captions are cleaned. To move a cascade whose encoder is a local folder, copy
-    that folder too and let `name_or_path` in the manifest say where it lies; nothing else changes.
+    same encoder. "+clean" follows where captions are cleaned, "+padded" where padding is attended to. To move a cascade
+    whose encoder is a local folder, copy that folder too and let `name_or_path` in the manifest say where it lies;
+    nothing else changes.
 
     Args:
         name_or_path: "google/t5-v1_1-xxl", or a folder with config.json, weights and tokenizer files.
@@ -38,10 +39,12 @@ class T5TextEncoder(TextEncoder):
             whichever it is. T5 v1.1 and its descendants were trained in bfloat16 and may overflow in float16.
         clean_captions: read captions through `clean_caption`.
         revision: branch, tag or commit on the hub.
+        padding: "masked", or "attended" as DeepFloyd IF was trained: every caption is padded to max_tokens (IF: 77), T5
+            does not attend to the padding, but its states at the padding are kept, and there is no mask.
 
     Raises:
-        InputError: max_tokens below 1 or an unknown dtype; later, at first use, a folder or hub model that cannot be
-            had, is incomplete, or is no T5.
+        InputError: max_tokens below 1, an unknown dtype or padding; later, at first use, a folder or hub model that
+            cannot be had, is incomplete, or is no T5.
     """
 
     def __init__(
@@ -51,16 +54,20 @@ class T5TextEncoder(TextEncoder):
         dtype: str = "float32",
         clean_captions: bool = False,
         revision: str | None = None,
+        padding: str = "masked",
     ) -> None:
         if max_tokens < 1:
             raise InputError(f"T5TextEncoder needs max_tokens of at least 1, not {max_tokens}")
         if dtype not in _DTYPES:
             raise InputError(f"T5TextEncoder dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+        if padding not in ("masked", "attended"):
+            raise InputError(f"T5TextEncoder padding {padding!r} is unknown; use 'masked' or 'attended'")
         self.name_or_path = str(name_or_path)
         self.max_tokens = max_tokens
         self.dtype = dtype
         self.clean_captions = clean_captions
         self.revision = revision
+        self.padding = padding
         self._cut = CutCounter()
         self._device: torch.device | None = None
 
@@ -74,14 +81,14 @@ class T5TextEncoder(TextEncoder):
 
     @cached_property
     def name(self) -> str:
-        cleaned = "+clean" if self.clean_captions else ""
+        settings = ("+clean" if self.clean_captions else "") + ("+padded" if self.padding == "attended" else "")
         if self._folder is None:
-            return self.name_or_path + (f"@{self.revision}" if self.revision else "") + cleaned
+            return self.name_or_path + (f"@{self.revision}" if self.revision else "") + settings
         try:
             digest = hashlib.sha256((self._folder / "config.json").read_bytes()).hexdigest()
         except OSError:
             raise InputError(f"text encoder folder {self.name_or_path!r} has no config.json") from None
-        return f"{self._folder.resolve().name}-{digest[:8]}{cleaned}"
+        return f"{self._folder.resolve().name}-{digest[:8]}{settings}"
 
     @cached_property
     def dim(self) -> int:
@@ -94,12 +101,14 @@ class T5TextEncoder(TextEncoder):
             states (B, L, D) float32 with L the longest caption's number of tokens rounded up to a multiple of 8 (at
             most max_tokens), zero where padded; mask (B, L); pooled (B, D), the masked mean. T5 has relative positions
             and does not attend to padding: a caption's states do not depend on L or its neighbours, but for rounding.
+            Where padding is attended to, L is max_tokens, the mask None, and no state is zeroed.
 
         Raises:
             InputError: the model cannot be loaded (see the class), or overflows in float16.
         """
         rows = self._tokenize(captions)
-        length = padded_length(max(map(len, rows), default=1), 8, self.max_tokens)
+        attended = self.padding == "attended"
+        length = self.max_tokens if attended else padded_length(max(map(len, rows), default=1), 8, self.max_tokens)
         ids = torch.full((len(rows), length), self._tokenizer.pad_token_id or 0)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for row, tokens in enumerate(rows):
@@ -108,10 +117,11 @@ class T5TextEncoder(TextEncoder):
         mask = mask.to(device)
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             hidden = self._on(device)(input_ids=ids.to(device), attention_mask=mask.long()).last_hidden_state
-        states = hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0)
+        states = hidden.float() if attended else hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0)
         if self.dtype == "float16" and not states.isfinite().all():
             raise InputError(f"text encoder {self.name_or_path!r} overflows in float16; set dtype bfloat16 or float32")
-        return Text(states, mask, masked_mean(states, mask))
+        kept = None if attended else mask
+        return Text(states, kept, masked_mean(states, kept))
 
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token numbers of each caption, at most max_tokens, the end mark last."""

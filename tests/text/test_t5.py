@@ -97,6 +97,51 @@ def test_umt5(tmp_path):
     check_states(T5TextEncoder(str(folder)), folder, "UMT5EncoderModel")
 
 
+@needs_tokenizer
+def test_mt5(tmp_path):
+    folder = write_t5(tmp_path / "tiny-mt5", "MT5")
+    # mT5's own tokenizer is of the same kind as T5's; that class reads tokenizer.json alone.
+    transformers().T5Tokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    check_states(T5TextEncoder(str(folder)), folder, "MT5EncoderModel")
+
+
+def check_padded(folder: Path, model_class: str = "T5EncoderModel") -> None:
+    """A batch as transformers pads it itself: to the longest caption and to a fixed length."""
+    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+    model = getattr(transformers(), model_class).from_pretrained(folder).eval()
+    for options in ({"padding": True}, {"padding": "max_length", "max_length": 96}):
+        given = tokenizer(CAPTIONS, return_tensors="pt", **options)
+        with torch.no_grad():
+            expected = model(**given).last_hidden_state
+        text, mask = T5TextEncoder(str(folder))(CAPTIONS), given["attention_mask"].bool()
+        torch.testing.assert_close(text.states[text.mask], expected[mask], rtol=1e-4, atol=1e-5)
+        # IF's pipelines hand all of these states to its U-Net, without the mask.
+        padded = T5TextEncoder(str(folder), max_tokens=mask.shape[1], padding="attended")(CAPTIONS)
+        assert padded.mask is None
+        torch.testing.assert_close(padded.states, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded.pooled, expected.mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+@needs_tokenizer
+@pytest.mark.parametrize("kind", ["T5", "UMT5"])
+def test_padded_states_are_those_of_transformers(kind, tmp_path):
+    folder = write_t5(tmp_path / "tiny", kind)
+    transformers().T5Tokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    check_padded(folder, f"{kind}EncoderModel")
+
+
+def test_padded_states_of_byt5_are_those_of_transformers(byt5):
+    check_padded(byt5)
+
+
+def test_attended_padding_is_of_another_name(byt5):
+    masked, attended = T5TextEncoder(str(byt5)), T5TextEncoder(str(byt5), padding="attended")
+    assert attended.name == masked.name + "+padded"
+    assert build(describe(attended)).padding == "attended"
+    with pytest.raises(InputError, match="padding 'left' is unknown; use 'masked' or 'attended'"):
+        T5TextEncoder("google/t5-v1_1-small", padding="left")
+
+
 def test_byt5_reads_the_encoder_of_a_whole_checkpoint(byt5):
     check_states(T5TextEncoder(str(byt5)), byt5)
 
@@ -115,8 +160,10 @@ def test_padding_and_neighbours_do_not_change_a_caption(t5):
 def test_published_token_numbers(t5):
     reference = json.loads((SHARED / "reference" / "diffusers_scheduler_expected.json").read_text())["t5_tokenizer"]
     assert reference["cases"]
+    encoder = T5TextEncoder(str(t5))
     for caption, numbers in reference["cases"].items():
-        assert T5TextEncoder(str(t5))._tokenize([caption]) == [numbers]
+        assert encoder._tokenize([caption]) == [numbers]
+    assert encoder._tokenize(list(reference["cases"])) == list(reference["cases"].values())
 
 
 @needs_tokenizer
@@ -227,6 +274,7 @@ def test_is_a_component_and_reading_it_loads_nothing():
         "dtype": "bfloat16",
         "clean_captions": False,
         "revision": "main",
+        "padding": "masked",
     }
     assert out.strip() == f"{expected} False"
     assert build(describe(T5TextEncoder("google/t5-v1_1-xxl"))).name == "google/t5-v1_1-xxl"
