@@ -13,11 +13,12 @@ from torch import nn
 
 from imagen_lightning.cascade import Cascade, find_sampler, load_weights
 from imagen_lightning.data.datamodule import ShapesDataModule
+from imagen_lightning.diffusion import P2, DiscreteSchedule, Epsilon, LearnedRange, LogNormalTimes
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, to_float, to_pil, to_uint8
 from imagen_lightning.networks import EfficientUNet, UNet
-from imagen_lightning.samplers import DDIM, DDPM, DPMSolverPP
-from imagen_lightning.stages import BaseStage, Sampling, SuperResolutionStage, TextSettings
+from imagen_lightning.samplers import DDIM, DDPM, DPMSolverPP, DPMSolverPPSDE, Heun, ListedTimes
+from imagen_lightning.stages import BaseStage, Diffusion, Sampling, SuperResolutionStage, TextSettings
 from imagen_lightning.text import TinyTextEncoder, TransformerEncoder
 from imagen_lightning.types import InputError, Sampler
 
@@ -198,6 +199,8 @@ def test_samplers_are_found_by_name():
     for name in ("dpmpp", "DPMSolverPP", "DPM-Solver++", "dpm_pp"):
         assert type(find_sampler(name)) is DPMSolverPP
     assert type(find_sampler("Ddim")) is DDIM
+    assert type(find_sampler("DPM-Solver++ SDE")) is DPMSolverPPSDE
+    assert type(find_sampler("heun")) is Heun
     with pytest.raises(InputError, match=r"sampler 'euler' is unknown; use one of .*ddim, ddpm, dpmpp"):
         find_sampler("euler")
     with pytest.raises(InputError, match="unknown"):
@@ -336,6 +339,25 @@ def test_stages_with_equal_text_encoders_share_one(tmp_path):
     Cascade([base_stage(), sr]).save(tmp_path / "equal")
     base, sr = Cascade.load(tmp_path / "equal").stages
     assert base.text.encoder is sr.text.encoder
+
+
+def test_tables_learned_variance_and_lists_of_steps_survive_the_folder(tmp_path):
+    stage = BaseStage(
+        8,
+        UNet(**{**SMALL, "text_dim": None}, attention=[False, True], out_channels=6),
+        diffusion=Diffusion(
+            DiscreteSchedule("squaredcos_cap_v2"), Epsilon(), P2(0.5), LogNormalTimes(), LearnedRange(0.002)
+        ),
+        sampling=Sampling(
+            DDPM("learned"), 27, spacing=ListedTimes("fast27"), guidance_interval=(0.1, 5.0), guidance_rescale=0.3
+        ),
+    )
+    cascade = Cascade([randomised(stage)])
+    cascade.save(tmp_path / "cascade")
+    again = Cascade.load(tmp_path / "cascade")
+    assert again.stages[0].hyperparameters() == stage.hyperparameters()
+    assert torch.equal(again.sample("").images, cascade.sample("").images)
+    assert not torch.equal(again.sample("", sampler="ddpm").images, cascade.sample("").images)
 
 
 def test_metrics_survive_loading_and_saving(saved, tmp_path):
