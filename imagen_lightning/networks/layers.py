@@ -39,9 +39,10 @@ def add(x: Tensor, h: Tensor) -> Tensor:
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), whose activations are computed again in the backward pass instead of kept (Chen et al. 2016).
 
-    Random numbers, as dropout's, are the same both times.
+    Random numbers, as dropout's, are the same both times. On the meta device, where FLOPs are counted, nothing is
+    computed again: there is no memory to spare, and the count is of the work that must be done.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or inputs[0].is_meta:
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[return-value]
 
@@ -124,7 +125,7 @@ class ResidualBlock(nn.Module):
 
 
 class NearestUp(nn.Conv2d):
-    """Doubles a map by repeating its pixels, then convolves it (Odena et al. 2016): no checkerboard, most FLOPs."""
+    """Doubles a map by repeating its pixels, then convolves it: no checkerboard (Odena et al. 2016)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from imagen_lightning.callbacks.throughput import count_flops
 from imagen_lightning.components import build, describe
 from imagen_lightning.networks import EfficientUNet, PatchTransformer, UNet
 from imagen_lightning.types import Conditioning, InputError, Text
@@ -342,6 +343,12 @@ def test_levels_are_recomputed_one_by_one(name):
     none, first, last, both = kept
     assert none > max(first, last)
     assert min(first, last) > both
+
+
+def test_flops_are_counted_without_those_of_recomputation():
+    found = [count_flops(n := make("unet", recompute=again), *make_inputs(n)) for again in (False, True)]
+    assert found[0] is not None
+    assert found[0] == found[1]
 
 
 LEVELS = ([False, False], [True, False], [False, True], [True, True])
