@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.integrate import solve_ivp
 
 from imagen_lightning.diffusion import (
@@ -290,6 +291,26 @@ def test_churn_does_not_go_beyond_the_schedule():
     assert seen[0] == 1
     assert max(seen) == 1
     assert seen[2] > float(times[1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps"),
+    [(DDPM("small"), 300), (DDPM("large"), 300), (DDIM(1.0), 300), (DPMSolverPPSDE(), 100), (Heun(churn=40.0), 100)],
+)
+def test_stochastic_samplers_draw_from_a_mixture(sampler, num_steps):
+    mixture, schedule, count = Mixture(), CosineSchedule(), 4000
+
+    def denoise(x, t):
+        return torch.from_numpy(mixture.denoise(x.numpy(), *levels(schedule, t[0])))
+
+    times = torch.cat([even_times(schedule, num_steps - 1, -9.0, 9.0), torch.zeros(1, dtype=torch.float64)])
+    x = sampler(denoise, noise(count), times, schedule=schedule, generator=torch.Generator().manual_seed(1))
+
+    def cdf(value):
+        return sum(w * stats.norm(c, mixture.spread).cdf(value) for w, c in zip(mixture.weights, mixture.centres))
+
+    # 1.63 / sqrt(count) is the distance that one in a hundred exact samples exceeds; half as much again for the steps
+    assert stats.kstest(x.flatten().numpy(), cdf).statistic < 1.5 * 1.63 / math.sqrt(count)
 
 
 @pytest.mark.parametrize(
