@@ -81,7 +81,8 @@ def write_shards(
         Number of samples by split, and the skips.
 
     Raises:
-        InputError: an unreadable source, missing columns, nothing usable, shards in `out`, or a value out of range.
+        InputError: an unreadable source, missing columns, nothing usable, shards in `out`, a folder that cannot be
+            written, or a value out of range; no shard is left.
     """
     if shard_size < 1 or (max_side is not None and max_side < 1):
         raise InputError(f"shard size {shard_size}, max side {max_side}: both must be at least 1")
@@ -93,14 +94,16 @@ def write_shards(
         raise InputError(f"{str(out)!r} is a file; give a folder")
     if out.exists() and any(out.glob("*.tar")):
         raise InputError(f"{str(out)!r} holds shards already; give another folder, or delete them")
-    total, records = read_source(source, image_column, caption_column)
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("*.tar.partial"):
-        leftover.unlink()
+    listing = out / "skipped.jsonl"
+    new = not listing.exists()
     skips = SkipLog(max_share=1.0)
-    skips.list_in(out / "skipped.jsonl")
     try:
+        total, records = read_source(source, image_column, caption_column)
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("*.tar.partial"):
+            leftover.unlink()
+        skips.list_in(listing)
         with ExitStack() as stack:
             writers = {name: stack.enter_context(ShardWriter(out, name, shard_size)) for name in ("train", "heldout")}
             bar = stack.enter_context(tqdm(records, total=total, unit=" images", disable=None if progress else True))
@@ -114,12 +117,19 @@ def write_shards(
                 else:
                     split = "heldout" if _share(record.name) < held_out else "train"
                     writers[split].write(f"{number:09d}", members)
+        counts = {name: writer.num_samples for name, writer in writers.items()}
+        if not any(counts.values()):
+            raise InputError(f"{str(source)!r} gave no shard: {skips.summary()}; mend the source")
+    except (InputError, OSError) as error:  # shards of a part of the source would pass for all of it
+        for path in [*out.glob("*.tar"), *([listing] if new and listing.exists() else [])]:
+            path.unlink()
+        if isinstance(error, InputError):
+            raise
+        there = str(error.filename or out)
+        raise InputError(f"{there!r} cannot be read or written ({error.strerror or error}); mend that first") from error
     finally:
-        if made and not any(out.iterdir()):
+        if made and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
-    counts = {name: writer.num_samples for name, writer in writers.items()}
-    if not any(counts.values()):
-        raise InputError(f"{str(source)!r} gave no shard: {skips.summary()}")
     return counts, skips
 
 

@@ -240,7 +240,33 @@ def test_sources_refused(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         write_shards(tmp_path / name, tmp_path / "out")
-    assert not list(tmp_path.glob("out/*.tar*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_refused_halfway_leaves_no_part_of_it(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "a.csv").write_text("image,caption\nnone.png,x\n0.png,x\n0.png,y\nhttps://example.org/a.png,x\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds addresses"):
+        write_shards(tmp_path / "a.csv", out, shard_size=1)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    source = make_folder(tmp_path / "source")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/out' cannot be read or written \(Not a directory\)"):
+        write_shards(source, tmp_path / "file" / "out")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ingest.ShardWriter, "_finish", full)
+    with pytest.raises(InputError, match=r"out' cannot be read or written \(No space left on device\)"):
+        write_shards(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
