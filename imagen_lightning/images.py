@@ -70,21 +70,22 @@ def grid(
     font_size = max(10, min(13, cell // 10))
     font, line_height = ImageFont.load_default(size=font_size), font_size + 3
     lines = [_wrap(caption, font, cell)[:4] for caption in captions] if captions is not None else []
-    text_height = max((len(item) for item in lines), default=0) * line_height
     columns = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (columns * (cell + gap) + gap, len(rows) * (cell + gap + text_height) + gap), "white")
+    under = iter([*lines, *[[]] * sum(map(len, rows))])
+    texts = [[next(under) for _ in row] for row in rows]
+    heights = [cell + gap + max((len(item) for item in row), default=0) * line_height for row in texts]
+    canvas = Image.new("RGB", (columns * (cell + gap) + gap, sum(heights) + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    number = 0
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            x, y = gap + c * (cell + gap), gap + r * (cell + gap + text_height)
+    y = gap
+    for row, words, height in zip(rows, texts, heights):
+        for c, (image, item) in enumerate(zip(row, words)):
+            x = gap + c * (cell + gap)
             picture = to_pil(image)
             if picture.size != (cell, cell):
                 picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(picture, (x, y))
-            if number < len(lines):
-                draw.multiline_text((x, y + cell + 1), "\n".join(lines[number]), fill="black", font=font, spacing=3)
-            number += 1
+            draw.multiline_text((x, y + cell + 1), "\n".join(item), fill="black", font=font, spacing=3)
+        y += height
     return canvas
 
 

@@ -57,6 +57,14 @@ def test_pil_and_back():
     assert torch.equal(from_pil(pil.convert("L"))[0], from_pil(pil.convert("L"))[2])
 
 
+def test_rows_without_captions_take_no_room_for_them():
+    white = torch.full((3, 96, 96), 255, dtype=torch.uint8)
+    plain, one = grid([[white]] * 3), grid([[white]] * 3, ["", "", "a red star"])
+    line = grid([[white]], ["a red star"]).height - grid([[white]]).height
+    assert one.height == plain.height + line
+    assert from_pil(one)[:, plain.height :].min() < 128
+
+
 def test_a_grid_shows_each_image_in_its_cell():
     images = [picture(8, 8).roll(i, dims=-1) for i in range(5)]
     canvas = from_pil(grid([images[:3], images[3:]], gap=2))
