@@ -568,12 +568,17 @@ def _check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], what: str) 
 # ---- Lightning checkpoints
 
 
-def _stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> DiffusionMixin:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint's plain data and tensors, the latter on the CPU and read as they are used.
+
+    Raises:
+        InputError: an address on the network; a file that is missing, empty or damaged, or holds Python objects.
+    """
     _refuse_address(path, "checkpoint")
-    file = _checkpoint_file(Path(path).expanduser())
-    what = f"checkpoint {str(file)!r}"
+    what = f"checkpoint {str(path)!r}"
+    file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"{what} does not exist; check the path")
+        raise InputError(f"{what} does not exist; give a local file, e.g. RUN/checkpoints/last.ckpt")
     if file.stat().st_size == 0:
         raise InputError(f"{what} is empty; take an earlier one")
     try:
@@ -584,13 +589,20 @@ def _stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> Diffusio
     except Exception as error:
         # A damaged file can end its reader in any way.
         raise InputError(
-            f"{what} cannot be read: it is damaged, or holds Python objects, which are never unpickled ({_line(error)})"
+            f"{what} cannot be read: it is damaged, or holds Python objects, which are never unpickled "
+            f"({_line(error)}); take an earlier one"
         ) from error
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def _stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> DiffusionMixin:
+    _refuse_address(path, "checkpoint")
+    file = _checkpoint_file(Path(path).expanduser())
+    what = f"checkpoint {str(file)!r}"
+    checkpoint = read_checkpoint(file)
     parts = ("hyper_parameters", "state_dict")
     if not (
-        isinstance(checkpoint, dict)
-        and isinstance(checkpoint.get("stage_class"), str)
-        and all(isinstance(checkpoint.get(part), dict) for part in parts)
+        isinstance(checkpoint.get("stage_class"), str) and all(isinstance(checkpoint.get(part), dict) for part in parts)
     ):
         raise InputError(f"{what} is not one of an imagen-lightning stage; give the .ckpt of a run of this program")
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "_instantiator"}
@@ -671,6 +683,9 @@ def _read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     )
     if not whole or not entries:
         raise InputError(f"{path} is damaged: each of its stages needs name, stage and weights; make the cascade anew")
+    metrics = manifest.get("metrics", [])
+    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+        raise InputError(f"{path} is damaged: its metrics are no list of objects; make that [] or mend it")
     return path, manifest
 
 

@@ -333,13 +333,19 @@ def test_bad_checkpoints(trained, cli, capsys):
     whole = (trained / "three" / "checkpoints" / "last.ckpt").read_bytes()
     Path("empty.ckpt").touch()
     Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    Path("flipped.ckpt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
     torch.save({"weights": torch.zeros(1)}, "foreign.ckpt")
-    for name in ("empty.ckpt", "cut.ckpt", "foreign.ckpt"):
-        line = refusal(cli, capsys, "validate", "--config", "stage.yaml", "--ckpt_path", name)
-        assert f"checkpoint '{name}' cannot be read" in line
-    for name in ("https://x.org/last.ckpt", "none.ckpt", "last"):
-        line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run", "--ckpt_path", name)
-        assert f"checkpoint '{name}' does not exist; --ckpt_path takes a local file" in line
+    for verb, name, words in (
+        ("validate", "empty.ckpt", "'empty.ckpt' is empty; take an earlier one"),
+        ("fit", "cut.ckpt", "'cut.ckpt' cannot be read: it is damaged"),
+        ("fit", "flipped.ckpt", "fails its checksum"),
+        ("validate", "foreign.ckpt", "'foreign.ckpt' is none of a run"),
+        ("fit", "https://x.org/last.ckpt", "'https://x.org/last.ckpt' is an address; only local files are read"),
+        ("validate", "last", "'last' does not exist; give a local file"),
+    ):
+        line = refusal(cli, capsys, verb, "--config", "stage.yaml", "--run", "run", "--ckpt_path", name)
+        assert words in line
 
 
 # ---- what is refused
