@@ -6,6 +6,8 @@ import json
 import math
 import os
 import tempfile
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,18 +53,24 @@ def parser() -> Parser:
         metavar="STAGE",
         help="number or name of the first stage to run (default 0; with --low-res the first super-resolution)",
     )
-    made.add_argument("--out", metavar="DIR", required=True, help="folder for 00000.png …, grid.png, samples.json")
+    made.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for 00000.png …, grid.png, samples.json (default: the first of samples/0001 … that is not there)",
+    )
     made.add_trust()
     return made
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    out = Path(arguments.out)
+    out = Path(arguments.out) if arguments.out is not None else _free_folder()
     _refuse_used(out)
     if arguments.num_images < 1:
         raise InputError(f"--num-images {arguments.num_images} must be at least 1")
     prompts = _prompts(arguments.prompt, arguments.prompts)
+    if not _is_unicode(arguments.negative_prompt or ""):
+        raise InputError(f"--negative-prompt {arguments.negative_prompt!a} is not UTF-8; write it in UTF-8")
     low_res = _read_picture(arguments.low_res) if arguments.low_res is not None else None
 
     import torch
@@ -81,10 +89,13 @@ def main(argv: list[str]) -> int:
     if start_stage is None:
         start_stage = 1 if low_res is not None and cascade.names[0] == "base" else 0
 
-    with tqdm(unit="step") as bar:
+    with ExitStack() as stack:
+        bar: Any = None
 
         def progress(done: int, total: int, stage: str) -> None:
-            bar.total = total
+            nonlocal bar
+            if bar is None:  # what is refused shows none
+                bar = stack.enter_context(tqdm(unit="step", total=total))
             bar.set_description(stage, refresh=False)
             bar.update(done - bar.n)
 
@@ -118,8 +129,12 @@ def main(argv: list[str]) -> int:
         ],
     }
     _write(out, files, samples, captions, record)
-    print(f"Wrote {len(captions)} images, grid.png and samples.json to {arguments.out}")
+    print(f"Wrote {len(captions)} images, grid.png and samples.json to {out}")
     return 0
+
+
+def _free_folder() -> Path:
+    return next(path for number in count(1) if not (path := Path("samples", f"{number:04d}")).exists())
 
 
 def _refuse_used(out: Path) -> None:

@@ -1,6 +1,7 @@
 """The verbs `cascade` and `sample`: what they write, and refusals of one line with exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def refusal(capsys, *arguments):
     """The one line of stderr that ends with exit code 2."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("imagen-lightning: error: ")
     return line
 
@@ -147,6 +148,7 @@ def test_earlier_samples_are_not_overwritten(folder, tmp_path, capsys, name):
         ([], ["--prompt or --prompts"]),
         (["--prompt", " "], ["--prompt number 1 is empty"]),
         (["--prompt", "x", "--prompt", "caf\udce9"], ["--prompt number 2", "not UTF-8"]),
+        (["--prompt", "x", "--negative-prompt", "caf\udce9"], ["--negative-prompt", "not UTF-8"]),
         (["--prompts", "latin.txt"], ["'latin.txt' is not UTF-8 (byte 3)"]),
         (["--prompts", "blank.txt"], ["'blank.txt' holds no caption"]),
         (["--prompts", "none.txt"], ["'none.txt' cannot be read"]),
@@ -183,7 +185,24 @@ def test_bad_folders_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         assert "cannot be written" in refusal(capsys, "sample", folder, "--prompt", "x", "--out", out)
-    assert "--out" in refusal(capsys, "sample", folder, "--prompt", "x")
+
+
+@pytest.mark.parametrize("metrics", [3, ["FID"]])
+def test_metrics_that_are_none_are_one_line(folder, tmp_path, capsys, metrics):
+    broken = tmp_path / "cascade"
+    shutil.copytree(folder, broken)
+    manifest = json.loads((broken / "cascade.json").read_text())
+    (broken / "cascade.json").write_text(json.dumps({**manifest, "metrics": metrics}))
+    line = refusal(capsys, "sample", broken, "--prompt", "x", "--out", tmp_path / "out")
+    assert "cascade.json is damaged: its metrics are no list of objects" in line
+
+
+def test_without_out_samples_go_to_the_next_free_folder(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("0001", "0002"):
+        assert main(["sample", str(folder), "--prompt", "x"]) == 0
+        assert f"samples.json to samples/{name}" in capsys.readouterr().out
+        assert (tmp_path / "samples" / name / "00000.png").exists()
 
 
 # ---- cascade
