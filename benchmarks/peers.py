@@ -67,23 +67,35 @@ def unet_arguments(dim: int, text_dim: int) -> dict[str, Any]:
     }
 
 
-def ours(shape: Shape, **execution: Any) -> Peer:
-    """imagen-lightning: BaseStage with its own training step, epsilon on the cosine schedule."""
+def ours(shape: Shape, low_res: int | None = None, network: nn.Module | None = None, **execution: Any) -> Peer:
+    """imagen-lightning: a stage with its own training step, epsilon on the cosine schedule.
+
+    Args:
+        shape: of the step.
+        low_res: side of the low-resolution images of a super-resolution stage; None makes a base stage.
+        network: in place of the U-Net that the peers have too.
+        execution: channels_last, compile.
+    """
     from imagen_lightning.diffusion import Epsilon
     from imagen_lightning.networks import UNet
-    from imagen_lightning.stages import BaseStage
+    from imagen_lightning.stages import BaseStage, SuperResolutionStage
     from imagen_lightning.stages.settings import Diffusion, Execution, TextSettings
     from imagen_lightning.text import TinyTextEncoder
     from imagen_lightning.types import Batch, Text
 
-    arguments = {**unet_arguments(shape.dim, shape.text_dim), "out_channels": 3}
-    stage = BaseStage(
-        shape.size,
-        UNet(**arguments),
-        TextSettings(TinyTextEncoder(dim=shape.text_dim)),
-        Diffusion(parametrization=Epsilon()),
-        execution=Execution(**execution),
-    )
+    if network is None:
+        arguments = {**unet_arguments(shape.dim, shape.text_dim), "out_channels": 3, "low_res": low_res is not None}
+        network = UNet(**arguments)
+    settings = {
+        "network": network,
+        "text": TextSettings(TinyTextEncoder(dim=shape.text_dim)),
+        "diffusion": Diffusion(parametrization=Epsilon()),
+        "execution": Execution(**execution),
+    }
+    if low_res is None:
+        stage = BaseStage(shape.size, **settings)
+    else:
+        stage = SuperResolutionStage(shape.size, low_res, **settings)
     stage.log = lambda *_, **__: None  # type: ignore[method-assign,assignment]
     stage.position = 0  # type: ignore[assignment]
 
@@ -98,13 +110,14 @@ def ours(shape: Shape, **execution: Any) -> Peer:
     return Peer(stage, loss)
 
 
-def diffusers_unet(dim: int, size: int, text_dim: int) -> nn.Module:
+def diffusers_unet(dim: int, size: int, text_dim: int, low_res: bool = False) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     widths = tuple(dim * multiplier for multiplier in MULTIPLIERS)
     return UNet2DConditionModel(
         sample_size=size,
-        in_channels=3,
+        in_channels=6 if low_res else 3,
+        class_embed_type="timestep" if low_res else None,
         out_channels=6,
         block_out_channels=widths,
         layers_per_block=3,
@@ -125,11 +138,11 @@ def diffusers_unet(dim: int, size: int, text_dim: int) -> nn.Module:
     )
 
 
-def diffusers(shape: Shape, compile: bool = False, channels_last: bool = False) -> Peer:
-    """diffusers: the U-Net of IFPipeline with the loss of its text-to-image training script, epsilon."""
+def diffusers(shape: Shape, low_res: int | None = None, compile: bool = False, channels_last: bool = False) -> Peer:
+    """diffusers: the U-Net of DeepFloyd IF's pipelines with the loss of its text-to-image training script, epsilon."""
     from diffusers import DDPMScheduler
 
-    unet = diffusers_unet(shape.dim, shape.size, shape.text_dim)
+    unet = diffusers_unet(shape.dim, shape.size, shape.text_dim, low_res is not None)
     if channels_last:
         unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile:
@@ -139,8 +152,13 @@ def diffusers(shape: Shape, compile: bool = False, channels_last: bool = False) 
     def loss(images: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         noise = torch.randn_like(images)
         steps = torch.randint(0, 1000, (len(images),), device=images.device)
-        noised = scheduler.add_noise(images, noise, steps)
-        output = unet(noised, steps, states, encoder_attention_mask=mask.long()).sample[:, :3]
+        noised, levels = scheduler.add_noise(images, noise, steps), None
+        if low_res is not None:
+            levels = torch.randint(0, 1000, (len(images),), device=images.device)
+            small = nn.functional.interpolate(images, size=(low_res, low_res), mode="area")
+            large = nn.functional.interpolate(small, size=images.shape[-2:], mode="bilinear", align_corners=True)
+            noised = torch.cat([noised, scheduler.add_noise(large, torch.randn_like(large), levels)], dim=1)
+        output = unet(noised, steps, states, class_labels=levels, encoder_attention_mask=mask.long()).sample[:, :3]
         return nn.functional.mse_loss(output.float(), noise)
 
     return Peer(unet, loss)

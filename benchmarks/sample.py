@@ -65,8 +65,9 @@ def ours(unet: Any, states: Any, shape: dict[str, int], precision: str) -> Any:
             chosen = states[1 if captions[0] == "" else 0][: len(captions)]
             return Text(chosen, None, chosen.mean(1))
 
-    network = UNet(**unet_arguments(unet.config))
-    network.load_state_dict(from_diffusers(unet.state_dict()))
+    arguments = unet_arguments(unet.config)
+    network = UNet(**arguments)
+    network.load_state_dict(from_diffusers(unet.state_dict(), arguments))
     stage = BaseStage(
         shape["size"],
         network,
@@ -74,11 +75,11 @@ def ours(unet: Any, states: Any, shape: dict[str, int], precision: str) -> Any:
         Diffusion(DiscreteSchedule("squaredcos_cap_v2"), Epsilon(), variance=LearnedRange()),
         Sampling(DDPM("learned"), shape["steps"], GUIDANCE, DynamicThresholding(0.95, 1.5), LeadingTimes()),
         execution=Execution(channels_last=precision == "bf16"),
-    )
+    ).to(states.device)
 
     def run() -> Any:
         generators = [torch.Generator().manual_seed(number) for number in range(shape["batch"])]
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return stage.sample(["a"] * shape["batch"], generators)
 
     return run
