@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from imagen_lightning.types import InputError, Text, TextEncoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # ByT5 is a "t5"
+_SENTENCE_END = re.compile(r"\.\s|(?<!:)\n(?=[A-Z])")
 
 
 class T5TextEncoder(TextEncoder):
@@ -197,9 +199,10 @@ class T5TextEncoder(TextEncoder):
             except OSError:
                 if self._folder is not None:
                     raise
+                _reach_hub(source, self.revision)
                 return load(source, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+            reason = _first_sentence(error)
             if self._folder is not None:
                 message = f"cannot read the {what} of text encoder folder {source!r}: {reason}"
             else:
@@ -210,13 +213,29 @@ class T5TextEncoder(TextEncoder):
             raise InputError(message) from error
 
 
+def _reach_hub(source: str, revision: str | None) -> None:
+    """Raises OSError where the hub does not answer, at once: a load would try six times, with lines of its own."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json", revision=revision))
+    except (OSError, ValueError):
+        pass  # the hub's refusals, which transformers words better
+    except Exception as error:  # the class is that of whichever HTTP client the hub's library uses
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(_SENTENCE_END.split(str(error).strip(), maxsplit=1)[0].split()).removesuffix(".")
+
+
 def _read_tokenizer(source: str, **options: Any) -> Any:
     try:
         tokenizer = _transformers().AutoTokenizer.from_pretrained(source, **options)
     except OSError:
         raise
     except Exception as error:  # the Rust tokenizers raise nothing more exact
-        raise OSError(f"it is missing or damaged; add its tokenizer.json ({error})") from error
+        raise OSError(f"it is missing or damaged; add its tokenizer.json ({_first_sentence(error)})") from error
     # Without its vocabulary file transformers makes an empty tokenizer that reads every word as unknown.
     if tokenizer.unk_token_id in tokenizer("a photo")["input_ids"]:
         raise OSError("it has no vocabulary; add its spiece.model or tokenizer.json")

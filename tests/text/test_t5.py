@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -296,13 +298,34 @@ def one_line(error) -> str:
     return message
 
 
-def test_hub_model_without_network():
+def test_hub_model_without_network(monkeypatch, capfd):
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    waits = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(time, "sleep", waits.append)
     encoder = T5TextEncoder("nobody/no-such-t5")
     with pytest.raises(InputError) as error:
         encoder(["a cat"])
     message = one_line(error)
     assert "config.json of text encoder 'nobody/no-such-t5'" in message
-    assert "give a local folder as name_or_path" in message
+    assert message.endswith("give a local folder as name_or_path ([Errno -2] Name or service not known)")
+    assert not waits
+    assert capfd.readouterr().err == ""
+
+
+def test_hub_model_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("imagen_lightning.text.t5._reach_hub", lambda *_: None)
+    advice = "'nobody/t5' is not listed on 'https://huggingface.co/models'\nIf this is a private repository, log in."
+
+    def load(source, **options):
+        raise OSError(advice)
+
+    with pytest.raises(InputError) as error:
+        T5TextEncoder("nobody/t5")._load("weights", load)
+    assert one_line(error).endswith("('nobody/t5' is not listed on 'https://huggingface.co/models')")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./models/t5", "models/google/t5"])
