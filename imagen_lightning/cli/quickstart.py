@@ -25,6 +25,8 @@ STAGES = ("base", "sr")
 PLAN = "quickstart.json"
 NUM_CAPTIONS = 200
 CALIBRATION_STEPS = 40
+CALIBRATION_SECONDS = 8.0  # a CPU without bf16 units takes very long over bf16
+PRECISIONS = ("32-true", "bf16-mixed")
 MARGIN = 1.1  # a machine is seldom as fast for minutes as it is for seconds
 # Beside training: imports, validation, checkpoints, 200 samples, the report; as measured on 2 cores.
 OVERHEAD_SECONDS = 110.0
@@ -62,7 +64,8 @@ def main(argv: list[str]) -> int:
         _run(
             "fit",
             *("--config", f"experiments/quickstart/{stage}.yaml", "--run", str(out / stage), "--resume"),
-            *(f"--trainer.max_steps={steps}", f"--seed_everything={plan['seed']}"),
+            *(f"--trainer.max_steps={steps}", f"--trainer.precision={plan['precision'][stage]}"),
+            f"--seed_everything={plan['seed']}",
             *(f"--model.init_args.seed={plan['seed']}", f"--data.init_args.seed={plan['seed']}"),
         )
     cascade = out / "cascade"
@@ -108,30 +111,36 @@ def _read_plan(out: Path, seed: int) -> dict[str, Any] | None:
 def _make_plan(seconds: float, seed: int) -> dict[str, Any]:
     """Shares the time between the stages, by the speed of this machine: the recipe's steps, or fewer."""
     print("measuring this machine's speed …", flush=True)
-    recipe, step_seconds = {}, {}
+    recipe, precision, step_seconds = {}, {}, {}
     for stage in STAGES:
-        recipe[stage], step_seconds[stage] = _time_a_step(stage)
+        recipe[stage], seconds_in = _time_a_step(stage)
+        # float32 where it is no slower than bf16 by a tenth
+        precision[stage] = min(PRECISIONS, key=lambda name: seconds_in[name] * (0.9 if name == PRECISIONS[0] else 1))
+        step_seconds[stage] = seconds_in[precision[stage]]
     wanted = sum(recipe[stage] * step_seconds[stage] for stage in STAGES)
     share = min(1.0, (seconds - OVERHEAD_SECONDS) / wanted)
     steps = {stage: max(100, int(recipe[stage] * share) // 50 * 50) for stage in STAGES}
     for stage in STAGES:
         print(
-            f"  {stage}: {step_seconds[stage]:.3f} s a step, {steps[stage]} of the recipe's {recipe[stage]} steps, "
-            f"about {steps[stage] * step_seconds[stage] / 60:.1f} minutes"
+            f"  {stage}: {step_seconds[stage]:.3f} s a step in {precision[stage]}, {steps[stage]} of the recipe's "
+            f"{recipe[stage]} steps, about {steps[stage] * step_seconds[stage] / 60:.1f} minutes"
         )
-    return {"seed": seed, "steps": steps, "recipe_steps": recipe, "step_seconds": step_seconds, "seconds": seconds}
+    return {
+        **{"seed": seed, "steps": steps, "precision": precision},
+        **{"recipe_steps": recipe, "step_seconds": step_seconds, "seconds": seconds},
+    }
 
 
 def _fitting(plan: dict[str, Any], stage: str, seconds: float) -> int:
     """Cuts a stage's steps, by half at most, to what the seconds left allow; earlier stages may have taken longer."""
     steps = plan["steps"][stage]
-    possible = int(seconds / plan["step_seconds"][stage]) // 50 * 50 if "step_seconds" in plan else steps
+    possible = int(seconds / plan["step_seconds"][stage]) // 50 * 50
     plan["steps"][stage] = max(min(steps, possible), steps // 2)
     return plan["steps"][stage]
 
 
-def _time_a_step(stage: str) -> tuple[int, float]:
-    """The recipe's number of steps, and the median seconds of a training step here."""
+def _time_a_step(stage: str) -> tuple[int, dict[str, float]]:
+    """The recipe's number of steps, and the median seconds of a training step here, by precision."""
     code = (
         "import sys, json; from imagen_lightning.cli.quickstart import calibrate; "
         "print(); print(json.dumps(calibrate(sys.argv[1])))"
@@ -144,8 +153,10 @@ def _time_a_step(stage: str) -> tuple[int, float]:
     return steps, seconds
 
 
-def calibrate(stage: str) -> tuple[int, float]:
-    """Makes the stage and its data from the YAML and times a few steps without Lightning's loop."""
+def calibrate(stage: str) -> tuple[int, dict[str, float]]:
+    """Makes the stage and its data from the YAML and times a few steps in each precision without Lightning's loop."""
+    import torch
+
     from imagen_lightning.cli.fit import Parser as StageParser
     from imagen_lightning.cli.fit import StageCLI, find_config
 
@@ -162,14 +173,23 @@ def calibrate(stage: str) -> tuple[int, float]:
     model, data = cli.model, cli.datamodule
     model.log = lambda *_, **__: None
     optimizer = model.optimization.optimizer(model.parameters())
-    times = []
-    for number, batch in zip(range(CALIBRATION_STEPS), data.train_dataloader()):  # the loader is endless
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        model.training_step(batch, number).backward()
-        optimizer.step()
-        times.append(time.perf_counter() - begin)
-    return cli.trainer.max_steps, MARGIN * statistics.median(times[10:])
+
+    def median_seconds(precision: str) -> float:
+        times: list[float] = []
+        # The loader is endless.
+        for number, batch in zip(range(CALIBRATION_STEPS), data.train_dataloader()):
+            begin = time.perf_counter()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = model.training_step(batch, number)
+            loss.backward()
+            optimizer.step()
+            times.append(time.perf_counter() - begin)
+            if sum(times) > CALIBRATION_SECONDS:
+                break
+        return MARGIN * statistics.median(times[len(times) // 4 :])
+
+    return cli.trainer.max_steps, {precision: median_seconds(precision) for precision in PRECISIONS}
 
 
 def _captions(seed: int) -> list[str]:

@@ -55,6 +55,7 @@ _GAP = 3  # least distance in pixels between two objects along the relation's ax
 # Places lie on a grid of 4 px: a drawing reduced to 16x16 then looks the same wherever it lies, which a small model can
 # learn in minutes.
 _GRID = 4
+_ORIGIN = 1  # px; where the grid begins, so that no object touches the canvas's edge
 _SUPERSAMPLING = 4
 
 
@@ -238,7 +239,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
         return [(_near_middle(sides[0], rng), _near_middle(sides[0], rng))]
     half = CANVAS // 2
     # Each has its half of the canvas, and lies in the middle of that along the relation's axis.
-    along = [begin + (half - _GAP - side) // 2 // _GRID * _GRID for begin, side in zip((0, half), sides)]
+    along = [_ORIGIN + begin + (half - _GAP - side) // 2 // _GRID * _GRID for begin, side in zip((0, half), sides)]
     across = [_near_middle(side, rng) for side in sides]
     if scene.relation == "above":
         return list(zip(across, along))
@@ -247,7 +248,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
 
 def _near_middle(side: int, rng: np.random.Generator) -> int:
     """Where a square of `side` begins: at most one cell of the grid from the middle."""
-    return ((CANVAS - side) // (2 * _GRID) + int(rng.integers(-1, 2))) * _GRID
+    return _ORIGIN + ((CANVAS - side) // (2 * _GRID) + int(rng.integers(-1, 2))) * _GRID
 
 
 def _stream(seed: int, index: int, split: str) -> np.random.Generator:

@@ -9,16 +9,24 @@ from imagen_lightning.cli import quickstart
 from imagen_lightning.data import shapes
 from imagen_lightning.errors import InputError
 
+PLAN = {
+    "steps": {"base": 4, "sr": 4},
+    "precision": {"base": "bf16-mixed", "sr": "32-true"},
+    "step_seconds": {"base": 1.0, "sr": 1.0},
+}
+
 
 @pytest.fixture
 def short(monkeypatch):
     monkeypatch.setattr(quickstart, "NUM_CAPTIONS", 24)
-    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, 100.0))
+    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, {"32-true": 100.0, "bf16-mixed": 90.0}))
 
 
 def test_plan_keeps_to_the_time(monkeypatch):
-    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, {"base": 0.5, "sr": 0.25}[stage]))
+    seconds_in = {"base": {"32-true": 1.0, "bf16-mixed": 0.5}, "sr": {"32-true": 0.25, "bf16-mixed": 0.24}}
+    monkeypatch.setattr(quickstart, "_time_a_step", lambda stage: (2000, seconds_in[stage]))
     plan = quickstart._make_plan(900, 0)
+    assert plan["precision"] == {"base": "bf16-mixed", "sr": "32-true"}  # bf16 only where it is clearly faster
     used = plan["steps"]["base"] * 0.5 + plan["steps"]["sr"] * 0.25
     assert 900 - quickstart.OVERHEAD_SECONDS - 40 < used <= 900 - quickstart.OVERHEAD_SECONDS
     assert quickstart._make_plan(90_000, 0)["steps"] == {"base": 2000, "sr": 2000}
@@ -40,7 +48,7 @@ def test_captions_are_never_trained_on():
 
 def test_from_nothing_to_pictures_and_again(short, tmp_path, capfd, monkeypatch):
     out = tmp_path / "quickstart"
-    monkeypatch.setattr(quickstart, "_make_plan", lambda seconds, seed: {"seed": seed, "steps": {"base": 4, "sr": 4}})
+    monkeypatch.setattr(quickstart, "_make_plan", lambda seconds, seed: {**PLAN, "seed": seed})
     # the recipe's warm-up is longer than four steps, which a cosine schedule refuses
     original = quickstart._run
     monkeypatch.setattr(

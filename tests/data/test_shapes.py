@@ -7,6 +7,7 @@ import pytest
 
 from imagen_lightning.data.shapes import (
     BACKGROUNDS,
+    CANVAS,
     COLORS,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -86,7 +87,7 @@ def test_a_sample_is_a_function_of_its_arguments_alone():
         for index in (0, 1, 2, 10**9):
             image, caption = sample(7, index, split)
             digest.update(image.numpy().tobytes() + caption.encode())
-    assert digest.hexdigest() == "3b51ae3775ba7150bb480a264f86b483a6f4ec479b07cd40ead78bbc77a631ba"
+    assert digest.hexdigest() == "6a10981c32c4ea0e0b7a7592485613d2b9bb5a8782f50dd040b5e7cd934f0267"
     streams = [sample(0, 0, "train"), sample(0, 0, "val"), sample(1, 0, "train"), sample(0, 1, "train")]
     assert all(not a[0].equal(b[0]) for a, b in itertools.combinations(streams, 2))
 
@@ -155,6 +156,8 @@ def test_two_objects_stand_apart_in_the_named_order():
         edges = np.flatnonzero(np.diff(np.r_[False, occupied, False].astype(int)))
         assert len(edges) == 4, caption
         assert edges[2] - edges[1] >= 3
+        assert edges[0] >= 1  # clear of the canvas's edge
+        assert edges[3] <= CANVAS - 1
         places = []
         for thing, start, stop in zip(scene.things, edges[::2], edges[1::2]):
             assert stop - start == SIZES[thing.size]
