@@ -56,7 +56,7 @@ class PatchTransformer(ConditionedNetwork):
         self.stride = patch_size
         self.patch_in = nn.Sequential(nn.Linear(self.in_channels, bottleneck, bias=False), nn.Linear(bottleneck, dim))
         self.blocks = nn.ModuleList(Block(dim, text_dim, head_dim, dropout) for _ in range(num_layers))
-        self.norm_out, self.modulate_out = nn.RMSNorm(dim), _zero(nn.Linear(dim, 2 * dim))
+        self.norm_out, self.modulate_out = RMSNorm(dim), _zero(nn.Linear(dim, 2 * dim))
         self.patch_out = _zero(nn.Linear(dim, out_channels * patch_size**2))
 
     def forward(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -85,6 +85,16 @@ class PatchTransformer(ConditionedNetwork):
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Zhang & Sennrich 2019, in its input's dtype: under autocast torch's own meets two dtypes and loses its kernel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Attention, then SwiGLU (Shazeer 2020), each shifted, scaled and gated by the embedding; at first the identity."""
 
@@ -92,7 +102,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = 8 * dim // 3  # as many weights as two layers of 4 dim
         self.modulate = _zero(nn.Linear(dim, 6 * dim))
-        self.attention_norm, self.feed_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention_norm, self.feed_norm = RMSNorm(dim), RMSNorm(dim)
         self.attention = PatchAttention(dim, text_dim, head_dim)
         self.feed_in, self.feed_out = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
@@ -120,7 +130,7 @@ class PatchAttention(TextReader):
     def __init__(self, dim: int, text_dim: int | None, head_dim: int) -> None:
         super().__init__(dim, text_dim, head_dim)
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.query_norm, self.key_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.query_norm, self.key_norm = RMSNorm(head_dim), RMSNorm(head_dim)
 
     def text_key_values(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys, normalised, and values (B, heads, L, head_dim); text has no place among the patches: no rotation."""
