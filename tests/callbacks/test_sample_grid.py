@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from imagen_lightning.callbacks import EMA, SampleGrid, averaged_weights
+from imagen_lightning.callbacks import EMA, SampleGrid, averaged_weights, wandb_logger
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, from_pil, to_float, to_uint8
 from imagen_lightning.samplers import DDIM
@@ -61,6 +61,15 @@ def test_draws_what_the_averaged_stage_draws(fit, tmp_path):
     assert saved["sampler"] == {"class_path": "imagen_lightning.samplers.DDIM", "init_args": {"eta": 0.0}}
     expected = {"step": 2, "weights": "ema", "seed": 5, "num_steps": 3, "guidance": 2.0, "stage": 0, "aug_level": None}
     assert {key: saved[key] for key in expected} == expected
+
+
+def test_the_grid_reaches_wandb(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = wandb_logger(tmp_path, "project", {})
+    fit([SampleGrid(PROMPTS, every_n_steps=2, num_steps=2, at_end=False)], steps=3, logger=logger)
+    logger.experiment.finish()
+    (sent,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png")
+    assert torch.equal(from_pil(Image.open(sent)), read(tmp_path, 2, "grid.png"))
 
 
 @pytest.mark.parametrize("kind", ["base", "sr"])
