@@ -198,6 +198,10 @@ class Cascade:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, path)
                 entry["weights"]["sha256"] = _sha256(path)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for entry in entries:
+                shutil.copymode(
+                    partial / MANIFEST, partial / entry["weights"]["file"]
+                )  # safetensors writes for us alone
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str | None = None, trust: Iterable[str] = ()) -> Cascade:

@@ -1,6 +1,7 @@
 """Cascades: chaining, seeds, the folder, checkpoints, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -331,6 +332,15 @@ def test_the_folder_holds_a_manifest_and_one_safetensors_file_a_stage(cascade, s
     keys = load_file(saved / "sr_16.safetensors").keys()
     assert "null_embedding" in keys
     assert any(key.startswith("text_network.") for key in keys)
+
+
+def test_files_are_readable_by_whom_the_umask_allows(cascade, tmp_path):
+    before = os.umask(0o027)
+    try:
+        cascade.save(tmp_path / "shared")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "shared").iterdir()} == {0o640}
 
 
 def test_stages_with_equal_text_encoders_share_one(tmp_path):
