@@ -43,6 +43,7 @@ from imagen_lightning.callbacks.run_folder import write_text
 from imagen_lightning.cascade import load_weights, read_checkpoint
 from imagen_lightning.cli.stage_parser import Parser
 from imagen_lightning.errors import InputError
+from imagen_lightning.stages import DiffusionMixin
 
 CONFIG = "config.yaml"
 
@@ -157,6 +158,8 @@ class StageCLI(LightningCLI):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             return
+        if isinstance(self.model, DiffusionMixin):
+            self.model.optimization.check_length(self.trainer.max_steps)  # before W&B has a run of it
         with self.run_folder(Path(self.settings.run)):
             self.trainer.fit(**kwargs)
 

@@ -293,10 +293,7 @@ class DiffusionMixin:
         optimizer = settings.optimizer(parameters)
         # Not trainer.estimated_stepping_batches: reading it drops the loader's state (Lightning #20550).
         total = self.trainer.max_steps  # type: ignore[attr-defined]
-        if settings.lr_schedule == "cosine" and total <= settings.warmup_steps:
-            raise InputError(
-                f"lr_schedule 'cosine' needs trainer.max_steps above warmup_steps {settings.warmup_steps}, got {total}"
-            )
+        settings.check_length(total)
 
         def factor(step: int) -> float:
             if step < settings.warmup_steps:

@@ -167,3 +167,11 @@ class Optimization:
             raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
         if self.warmup_steps < 0:
             raise InputError(f"warmup_steps {self.warmup_steps} must not be negative")
+
+    def check_length(self, max_steps: int) -> None:
+        """Raises InputError where training ends before a cosine schedule begins to descend, or never (-1)."""
+        if self.lr_schedule == "cosine" and max_steps <= self.warmup_steps:
+            raise InputError(
+                f"lr_schedule 'cosine' needs trainer.max_steps above warmup_steps {self.warmup_steps}, got {max_steps}"
+                "; raise trainer.max_steps or lower optimization.warmup_steps"
+            )

@@ -385,7 +385,7 @@ REFUSED = [
     (
         {"model/init_args/optimization/lr_schedule": "cosine", "model/init_args/optimization/warmup_steps": 5},
         [],
-        ["'cosine' needs trainer.max_steps above warmup_steps 5, got 3"],
+        ["'cosine' needs trainer.max_steps above warmup_steps 5, got 3", "raise trainer.max_steps or lower"],
     ),
     (
         {"data": {"class_path": "imagen_lightning.data.LaionDataModule", "init_args": {"train": "no/*.tar"}}},
@@ -402,6 +402,13 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(cli, capsys, changes
     assert not Path("run").exists()
     assert all(word in line for word in words), line
     assert len(line) < 420
+
+
+def test_a_schedule_that_is_too_long_is_refused_before_wandb_starts(cli, capsys, monkeypatch):
+    monkeypatch.setattr(fit.StageCLI, "loggers", lambda self: pytest.fail("the loggers were made"))
+    settings = {"lr_schedule": "cosine", "warmup_steps": 5}
+    write("stage.yaml", **{f"model/init_args/optimization/{name}": value for name, value in settings.items()})
+    assert "lower optimization.warmup_steps" in refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "run")
 
 
 def test_bad_files_and_folders(cli, capsys):
