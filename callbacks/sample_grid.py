@@ -47,7 +47,8 @@ class SampleGrid(pl.Callback):
         batch_size: images drawn at once.
 
     Raises:
-        InputError: a number below 1; when training starts, a base stage without prompts, or no validation images.
+        InputError: a number below 1; when training starts, a base stage without prompts, or no validation images, or
+            fewer than prompts.
     """
 
     def __init__(
@@ -113,8 +114,13 @@ class SampleGrid(pl.Callback):
                 break
         if not images:
             raise InputError("SampleGrid found no validation images to enlarge; give the data a validation set")
+        if len(self.prompts) > len(images):
+            raise InputError(
+                f"SampleGrid has {len(self.prompts)} prompts for {len(images)} validation images, one to enlarge for "
+                "each; give fewer prompts or more validation images"
+            )
         self._truth = torch.stack(images[:wanted])
-        self._captions = list(self.prompts[: len(images)]) or captions[:wanted]
+        self._captions = list(self.prompts) or captions[:wanted]
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drawn_step = trainer.global_step

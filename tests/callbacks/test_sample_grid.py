@@ -128,3 +128,8 @@ def test_refusals(fit):
         fit([SampleGrid()])
     with pytest.raises(InputError, match="num_images 0"):
         SampleGrid(num_images=0)
+
+
+def test_more_prompts_than_validation_images_are_refused(fit, make_sr, make_data):
+    with pytest.raises(InputError, match="3 prompts for 2 validation images"):
+        fit([SampleGrid(PROMPTS)], stage=make_sr(), datamodule=make_data(num_val=2))
