@@ -353,13 +353,17 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+_NO_NEWS = ("💡 Tip", "`Trainer.fit` stopped: `max_steps=", "GPU available: ", "TPU available: ", "Seed set to ")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(("💡 Tip", "`Trainer.fit` stopped: `max_steps="))
+    return not any(text in record.getMessage() for text in _NO_NEWS)  # with several processes the rank stands before
 
 
 def _quieten() -> None:
-    """Silences advertisements, what the progress says too, and warnings that are Lightning's to mend or mistaken."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    """Silences advertisements, what is said elsewhere too, and warnings that are Lightning's to mend or mistaken."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_news)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
     # In our checkpoints the weights that every verb loads are the average.
     warnings.filterwarnings("ignore", message=r"You're using the WeightAveraging callback, but loading a checkpoint")
