@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_lightning import __version__
 from imagen_lightning.cli.arguments import Parser, one_or_each
-from imagen_lightning.errors import InputError
+from imagen_lightning.errors import InputError, counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
         ],
     }
     _write(out, files, samples, captions, record)
-    print(f"Wrote {len(captions)} images, grid.png and samples.json to {out}")
+    print(f"Wrote {counted(len(captions), 'image')}, grid.png and samples.json to {out}")
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.errors import counted
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> int:
     )
     for split, count in counts.items():
         if count:
-            print(f"{split}: {count} samples in {len(list(arguments.out.glob(f'{split}-*.tar')))} shards")
+            num_shards = len(list(arguments.out.glob(f"{split}-*.tar")))
+            print(f"{split}: {counted(count, 'sample')} in {counted(num_shards, 'shard')}")
     print(skips.summary() + (f"; listed in {arguments.out / 'skipped.jsonl'}" if skips.counts else ""))
     print(f"train on them with LaionDataModule(train={str(arguments.out / 'train-*.tar')!r})")
     return 0

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from imagen_lightning.types import InputError
+from imagen_lightning.errors import InputError, counted
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,12 @@ class Skip(NamedTuple):
     """One sample that was left out."""
 
     shard: str
-    key: str
+    key: str  # "" where the shard's damage hides it
     reason: Reason
+
+    def __str__(self) -> str:
+        """ "'000012' in train-000.tar", or the shard alone."""
+        return f"{self.key!r} in {self.shard}" if self.key else self.shard
 
 
 class SkipLog:
@@ -97,7 +101,7 @@ class SkipLog:
             self.counts[skip.reason.value] += 1
             count = self.counts[skip.reason.value]
             if str(count).strip("0") == "1":
-                log.warning("skipped %s in %s: %s (%d so far)", skip.key, skip.shard, skip.reason.value, count)
+                log.warning("skipped %s: %s (%d so far)", skip, skip.reason.value, count)
         self._write(new)
 
     def record(self, num_used: int, skips: Sequence[Skip]) -> None:
@@ -128,7 +132,7 @@ class SkipLog:
     def summary(self) -> str:
         """ "12 samples skipped: 10 undecodable image, 2 bad JSON"."""
         parts = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        return f"{self.counts.total()} samples skipped" + (f": {parts}" if parts else "")
+        return f"{counted(self.counts.total(), 'sample')} skipped" + (f": {parts}" if parts else "")
 
     def _judge(self, num_skips: int, num_samples: int, skips: Iterable[Skip]) -> None:
         if num_skips <= self.max_share * num_samples and num_skips < num_samples:
@@ -142,8 +146,9 @@ class SkipLog:
         reason, count = Counter(skip.reason for skip in skips).most_common(1)[0]
         first = next(skip for skip in skips if skip.reason == reason)
         return (
-            f"{num_skips} of {num_samples} samples cannot be used, more than max_skip_share {self.max_share:g} allows; "
-            f"{count} for {reason.value!r}, such as {first.key!r} in {first.shard}; mend the shards or raise the share"
+            f"{num_skips} of {counted(num_samples, 'sample')} cannot be used, more than max_skip_share "
+            f"{self.max_share:g} allows; {count} for {reason.value!r}, such as {first}; mend the shards or "
+            "raise the share"
         )
 
     def _write(self, skips: Iterable[Skip]) -> None:

@@ -201,7 +201,7 @@ def test_without_out_samples_go_to_the_next_free_folder(folder, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     for name in ("0001", "0002"):
         assert main(["sample", str(folder), "--prompt", "x"]) == 0
-        assert f"samples.json to samples/{name}" in capsys.readouterr().out
+        assert f"Wrote 1 image, grid.png and samples.json to samples/{name}" in capsys.readouterr().out
         assert (tmp_path / "samples" / name / "00000.png").exists()
 
 

@@ -228,7 +228,7 @@ def test_an_interrupted_run_leaves_whole_shards_only(tmp_path, monkeypatch):
         ("a.csv", b"picture,caption\na.png,x\n", "no image column"),
         ("a.csv", b"image,title\na.png,x\n", "no caption column.*give --caption-column"),
         ("a.csv", b"image,caption\nhttps://example.org/a.png,x\n", "holds addresses such as 'https.*img2dataset"),
-        ("a.csv", b"image,caption\na.png,x\n", "gave no shard: 1 samples skipped: 1 image missing"),
+        ("a.csv", b"image,caption\na.png,x\n", "gave no shard: 1 sample skipped: 1 image missing"),
         ("a.jsonl", b"nothing\n", "no line that is a JSON object"),
         ("a.parquet", b"PAR1 or not", "is no parquet file"),
     ],

@@ -250,6 +250,8 @@ def test_files_that_are_no_shards(tmp_path):
         index_shard(tmp_path / "b.tar.gz")
     (tmp_path / "c.tar").write_bytes(b"this is no tar" * 100)
     assert index_shard(tmp_path / "c.tar").skips[0].reason == Reason.BAD_HEADER
+    with pytest.raises(InputError, match=rf"1 of 1 sample cannot .* 'bad tar header', such as {tmp_path / 'c.tar'};"):
+        LaionDataModule(str(tmp_path / "c.tar")).setup("fit")
     (tmp_path / "d.tar").write_bytes(b"")
     assert index_shard(tmp_path / "d.tar").skips[0].reason == Reason.TRUNCATED_SHARD
     for name in ("missing.tar", "."):
