@@ -21,6 +21,7 @@ packages = sorted(
     | {f"imagen_lightning.{name}" for name in find_packages(include=["callbacks*", "experiments*"])}
 )
 
+# requirements.txt is what a checkout needs, tests included; the installed package needs no pytest.
 runtime = [line for line in requirements("requirements.txt") if not line.startswith("pytest")]
 dev = [
     "pytest>=8",
