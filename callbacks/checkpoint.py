@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -67,6 +68,9 @@ class Checkpoint(callbacks.Checkpoint):
     SIGTERM, SIGINT and SIGUSR1 end training: the step is finished, its checkpoint written, `interrupted` set, and `fit`
     returns. A second SIGINT stops at once. Lightning's own handlers, which save from inside the signal, stand back.
 
+    An InputError between two optimizer steps of a single process, such as that of too many unusable samples, ends
+    training after a checkpoint too.
+
     Args:
         every_n_steps: optimizer steps between checkpoints.
         keep: how many of the newest stay; an older one goes only when the newer is whole.
@@ -88,7 +92,8 @@ class Checkpoint(callbacks.Checkpoint):
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._seen_step = self._saved_step = 0
+        self._seen_step = 0
+        self._saved_step: float = math.inf  # nothing is to be saved before training starts
         self._rng: list[dict[str, Any]] = []
 
     # ---- training
@@ -135,6 +140,20 @@ class Checkpoint(callbacks.Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
+        if isinstance(exception, InputError) and self._between_steps(trainer):
+            self._save(trainer, pl_module, last=True)
+
+    def _between_steps(self, trainer: pl.Trainer) -> bool:
+        """Whether weights, counts and random states are those after an optimizer step that is not saved yet."""
+        loop = trainer.fit_loop.epoch_loop
+        batches = loop.batch_progress.current
+        return (
+            trainer.world_size == 1  # other processes may know of no error, and would not save
+            and bool(trainer.training)
+            and trainer.global_step > self._saved_step
+            and batches.ready == batches.completed
+            and not loop._should_accumulate()
+        )
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -167,7 +167,8 @@ class StageCLI(LightningCLI):
     def run_folder(self, run: Path) -> Iterator[None]:
         """Makes the folder with config.yaml, run.json and the loggers.
 
-        A run that is refused before its first step leaves no folder, and a resumed one its configuration as it was.
+        A run that is refused before its first step leaves no folder, and a resumed one its configuration as it was; one
+        that is refused later says where to go on.
         """
         config = run / CONFIG
         before = config.read_text(encoding="utf-8") if config.exists() else None
@@ -182,8 +183,12 @@ class StageCLI(LightningCLI):
                 if self.settings.trainer.logger in (None, True):
                     self.trainer.loggers = self.loggers()
                 yield
-        except InputError:
-            if main and self.trainer.global_step in (0, self.start_step):
+        except InputError as error:
+            if self.trainer.global_step not in (0, self.start_step):
+                last = find_last(run)
+                mend = f"--resume goes on from {last}" if last else "no checkpoint was written"
+                raise InputError(f"{error}; {mend}") from error
+            if main:
                 if before is None:
                     shutil.rmtree(run, ignore_errors=True)
                 else:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from imagen_lightning.callbacks import EMA, Checkpoint, NonFiniteWeightsError, RunCSVLogger, find_last, interrupted
+from imagen_lightning.data.datamodule import ShapesDataModule
 from imagen_lightning.types import InputError
 
 
@@ -134,6 +135,45 @@ def test_a_signal_finishes_the_step_and_saves(fit, tmp_path, number, capfd):
     assert number.name in capfd.readouterr().err
     content = load(find_last(tmp_path))
     assert any(not torch.equal(content["current_model_state"][k], v) for k, v in content["state_dict"].items())
+
+
+class Spoilt(ShapesDataModule):
+    """Refuses the batch that begins at a position."""
+
+    def __init__(self, position=None):
+        super().__init__(image_size=8, batch_size=4, num_val=6)
+        self.refused = position
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if int(batch.positions[0]) == self.refused:
+            raise InputError("too many bad images")
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+
+def test_a_refused_batch_costs_no_steps(fit, make_base, tmp_path):
+    def run(steps, data=None, **more):
+        return fit([EMA(), Checkpoint()], steps, make_base(dropout=0.5), data, **more)[0].state_dict()
+
+    whole = run(5, folder=tmp_path / "whole")
+    parts = tmp_path / "parts"
+    with pytest.raises(InputError, match="too many"):
+        run(5, Spoilt(12), folder=parts)
+    assert names(parts) == ["last.ckpt", "step-3.ckpt"]
+    before = {path: path.read_bytes() for path in (parts / "checkpoints").iterdir()}
+    with pytest.raises(InputError, match="too many"):
+        run(5, Spoilt(12), folder=parts, resume=find_last(parts))
+    assert {path: path.read_bytes() for path in (parts / "checkpoints").iterdir()} == before
+    resumed = run(5, Spoilt(), folder=parts, resume=find_last(parts))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_nothing_is_saved_of_gradients_that_accumulate(fit, tmp_path):
+    with pytest.raises(InputError, match="too many"):
+        fit([EMA(), Checkpoint()], 9, datamodule=Spoilt(40), accumulate_grad_batches=3)
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(InputError, match="too many"):
+        fit([EMA(), Checkpoint()], 9, datamodule=Spoilt(36), accumulate_grad_batches=3)
+    assert names(tmp_path) == ["last.ckpt", "step-3.ckpt"]
 
 
 def test_slurm_saves_nothing_inside_the_signal(fit, tmp_path, monkeypatch):

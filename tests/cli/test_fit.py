@@ -3,6 +3,7 @@
 import copy
 import csv
 import gc
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
 
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.cli import fit
 from imagen_lightning.cli.main import main
+from imagen_lightning.data.shards import ShardWriter
 
 STAGE = {
     "seed_everything": 1,
@@ -432,6 +435,26 @@ def test_bad_files_and_folders(cli, capsys):
         assert "holds no run; choose another --run" in line
     line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "stage.yaml/run")
     assert "run folder 'stage.yaml/run' cannot be made: Not a directory" in line
+
+
+def test_a_run_stopped_for_bad_images_goes_on(cli, capsys):
+    Path("shards").mkdir()
+    with ShardWriter(Path("shards"), "train", 60) as writer:
+        for number in range(60):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(picture, "PNG")
+            image = picture.getvalue() if number % 3 else b"broken"
+            writer.write(f"{number:04d}", {"png": image, "txt": b"a picture"})
+    data = {"train": "shards", "image_size": 8, "batch_size": 20}
+    write("stage.yaml", data={"class_path": "imagen_lightning.data.LaionDataModule", "init_args": data})
+    capsys.readouterr()
+    assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.max_steps", 12) == 2
+    step = checkpoint("run")["global_step"]
+    assert f"raise the share; --resume goes on from run/checkpoints/step-{step}.ckpt" in capsys.readouterr().err
+    assert 0 < step < 11
+    more = ["--data.init_args.max_skip_share", 0.5, "--trainer.max_steps", step + 1]
+    assert cli("fit", "--run", "run", "--resume", *more) == 0
+    assert checkpoint("run")["global_step"] == step + 1
 
 
 # ---- processes
