@@ -39,6 +39,7 @@ def worker(name: str, precision: str, shape: dict[str, int]) -> None:
     answer({"images": len(images)})
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for _ in sys.stdin:  # one line a request
+        time.sleep(0.3)  # until the threads of the one before have stopped waiting for more
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start

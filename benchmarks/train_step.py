@@ -2,10 +2,10 @@
 
     python benchmarks/train_step.py [--dim 64] [--size 64] [--batch 4] [--rounds 5] [--out FILE.json]
 
-Each peer and precision is a process of its own that lives through the whole run; the processes take turns, a step each
-and its machine's matrix product right after, so that what slows the machine slows all of them. Printed are medians:
-images/s, share of the matmul rate of the same precision, and the peak memory above that of the imported libraries.
-bf16 is autocast over float32 weights, with channels-last weights where that is a setting (ours, diffusers).
+Each peer and precision is a process of its own that lives through the whole run; the processes take turns, an untimed
+and a timed step each and the machine's matrix product right after, so that what slows the machine slows all of them.
+Printed are medians: images/s, share of the matmul rate of the same precision (convolutions may exceed it), and the peak
+memory above that of the imported libraries. bf16 is autocast over float32 weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def worker(name: str, precision: str, shape_arguments: dict[str, int]) -> None:
     images, states, mask = inputs(shape)
     matmul_rate(dtype, seconds=0.1)
     before = memory("VmHWM")
-    settings = {"channels_last": True} if precision == "bf16" and name != "imagen-pytorch" else {}
-    peer = PEERS[name](shape, **settings)
+    peer = PEERS[name](shape)
+    # Before the first step, in which imagen-pytorch takes its networks out of its modules.
+    parameters = sum(parameter.numel() for parameter in peer.module.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(peer.module.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -44,9 +45,10 @@ def worker(name: str, precision: str, shape_arguments: dict[str, int]) -> None:
 
     step()
     peak = memory("VmHWM") - before
-    parameters = sum(parameter.numel() for parameter in peer.module.parameters() if parameter.requires_grad)
     answer({"parameters": parameters, "flops": count_flops(step), "peak_bytes": peak})
     for _ in sys.stdin:  # one line a request
+        time.sleep(0.3)  # until the threads of the one before have stopped waiting for more
+        step()
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start

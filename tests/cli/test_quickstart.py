@@ -1,8 +1,11 @@
 """The quickstart from end to end, with a plan of a few steps."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from imagen_lightning.cli import quickstart
@@ -30,6 +33,16 @@ def test_plan_keeps_to_the_time(monkeypatch):
     used = plan["steps"]["base"] * 0.5 + plan["steps"]["sr"] * 0.25
     assert 900 - quickstart.OVERHEAD_SECONDS - 40 < used <= 900 - quickstart.OVERHEAD_SECONDS
     assert quickstart._make_plan(90_000, 0)["steps"] == {"base": 2000, "sr": 2000}
+
+
+def test_steps_are_timed_in_each_precision(monkeypatch):
+    monkeypatch.setattr(quickstart, "CALIBRATION_STEPS", 3)
+    monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
+    steps, seconds_in = quickstart.calibrate("base")
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "experiments/quickstart/base.yaml").read_text())
+    assert steps == recipe["trainer"]["max_steps"]
+    assert set(seconds_in) == {"32-true", "bf16-mixed"}
+    assert all(0 < seconds < 60 for seconds in seconds_in.values())
 
 
 def test_last_stage_makes_up_for_lost_time():
