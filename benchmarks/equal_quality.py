@@ -1,6 +1,6 @@
 """The fewest network evaluations, by sampler, whose caption accuracy is that of DDPM at 250 steps.
 
-    python benchmarks/equal_quality.py runs/quickstart/cascade [--captions 200] [--stage base] [--out FILE.json]
+    python benchmarks/equal_quality.py runs/quickstart/cascade [--captions 200] [--precision bf16] [--out F.json]
 
 Captioned shapes that training never saw, drawn by the quickstart's cascade; one stage's sampler and steps change, the
 others stay as the manifest has them. "As good" is a caption accuracy (all attributes together) within the 95%
@@ -27,11 +27,11 @@ from imagen_lightning.types import Sampler
 REFERENCE = ("DDPM", DDPM(), 250)
 # Heun evaluates the network twice a step: half the steps.
 CANDIDATES: list[tuple[str, Sampler, tuple[int, ...]]] = [
-    ("DDPM", DDPM(), (50, 25, 10)),
-    ("DDIM", DDIM(), (30, 20, 10, 5)),
-    ("DPMSolverPP", DPMSolverPP(), (30, 20, 10, 5)),
-    ("DPMSolverPPSDE", DPMSolverPPSDE(), (30, 20, 10, 5)),
-    ("Heun", Heun(), (15, 10, 5, 3)),
+    ("DDPM", DDPM(), (50, 25)),
+    ("DDIM", DDIM(), (20, 10, 5)),
+    ("DPMSolverPP", DPMSolverPP(), (20, 10, 5)),
+    ("DPMSolverPPSDE", DPMSolverPPSDE(), (20, 10, 5)),
+    ("Heun", Heun(), (10, 5, 3)),
 ]
 
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("cascade", type=Path)
     parser.add_argument("--captions", type=int, default=200, help="how many (default 200)")
     parser.add_argument("--stage", default="base", help="whose sampler changes (default base)")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
     cascade = Cascade.load(arguments.cascade)
@@ -60,7 +61,8 @@ def main() -> None:
         numbers: list[int | None] = [None] * len(cascade.names)
         samplers[place], numbers[place] = sampler, steps
         start = time.perf_counter()
-        images = cascade.sample(captions, sampler=samplers, steps=numbers, batch_size=50).images
+        settings = {"batch_size": 50, "precision": arguments.precision}
+        images = cascade.sample(captions, sampler=samplers, steps=numbers, **settings).images
         seconds = time.perf_counter() - start
         share = caption_accuracy(images, captions).mean()["all"]
         low, high = interval(share, len(captions))
@@ -83,7 +85,7 @@ def main() -> None:
             rows.append({**row, "as_good": "yes" if row["accuracy"] >= least else "no"})
     good = [row for row in rows if row["as_good"] == "yes"]
     fewest = min(good, key=lambda row: row["evaluations"]) if good else None
-    settings = {"captions": len(captions), "stage": arguments.stage, "fewest": fewest}
+    settings = {"captions": len(captions), "stage": arguments.stage, "precision": arguments.precision, "fewest": fewest}
     write({"machine": machine(), **settings, "rows": rows}, arguments.out)
 
 
