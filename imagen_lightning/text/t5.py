@@ -219,10 +219,10 @@ def _reach_hub(source: str, revision: str | None) -> None:
 
     try:
         get_hf_file_metadata(hf_hub_url(source, "config.json", revision=revision))
-    except (OSError, ValueError):
-        pass  # the hub's refusals, which transformers words better
     except Exception as error:  # the class is that of whichever HTTP client the hub's library uses
-        raise OSError(str(error) or type(error).__name__) from error
+        # What the hub itself refuses is left to the load, which meets it again and words it better.
+        if not isinstance(error, OSError | ValueError):
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def _first_sentence(error: Exception) -> str:
