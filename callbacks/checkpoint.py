@@ -112,6 +112,7 @@ class Checkpoint(callbacks.Checkpoint):
             if isinstance(logger, RunCSVLogger):
                 logger.rewind(trainer.global_step)
         self._install_handlers()
+        self._take_over(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -202,6 +203,12 @@ class Checkpoint(callbacks.Checkpoint):
     def _install_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread() and not self._previous:
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _take_over(self, trainer: pl.Trainer) -> None:
+        """Acts on a SIGTERM that came since Lightning's handler was installed, which would end the run unsaved."""
+        if trainer.received_sigterm:
+            trainer._signal_connector.received_sigterm = False
+            self._note(signal.SIGTERM, None)
 
     def _restore_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread():

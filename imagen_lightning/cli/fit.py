@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from imagen_lightning.callbacks import (
@@ -392,5 +394,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
-    signal = interrupted(cli.trainer)
-    return 128 + signal if signal else 0
+    except SIGTERMException:  # outside training, where there is nothing to save
+        return 128 + signal.SIGTERM
+    ended_by = interrupted(cli.trainer)
+    return 128 + ended_by if ended_by else 0

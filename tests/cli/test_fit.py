@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
+from imagen_lightning.callbacks import NoiseLevelLoss
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.cli import fit
 from imagen_lightning.cli.main import main
@@ -491,6 +492,15 @@ def test_a_terminated_run_ends_with_a_checkpoint_and_goes_on(cli, tmp_path):
     assert cli("fit", "--run", "run", "--resume", "--trainer.max_steps", step + 2) == 0
     assert checkpoint("run")["global_step"] == step + 2
     assert [row["step"] for row in rows("run")] == [str(number) for number in range(step + 2)]
+
+
+@pytest.mark.parametrize(("hook", "step"), [("on_train_start", 1), ("on_sanity_check_start", None)])
+def test_a_signal_before_the_first_step(cli, monkeypatch, hook, step):
+    monkeypatch.setattr(NoiseLevelLoss, hook, lambda *_: signal.raise_signal(signal.SIGTERM))
+    options = ("--trainer.num_sanity_val_steps", "2", "--data.num_val", "8")
+    assert cli("fit", "--config", "stage.yaml", "--run", "run", *options) == 143
+    last = Path("run/checkpoints/last.ckpt")
+    assert (checkpoint("run")["global_step"] if last.exists() else None) == step
 
 
 @pytest.mark.slow
