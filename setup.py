@@ -34,6 +34,8 @@ dev = [
     "mypy>=1.15",
     "diffusers>=0.39,<0.43",
     "accelerate>=1.10",
+    "playwright>=1.50",
+    "onnxruntime>=1.20",
 ]
 
 setup(

@@ -6,72 +6,22 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imagen_lightning.data import shapes
-from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
+from imagen_lightning.data.dataset import LoadedBatch, Sample, ShapesDataset, ShardDataset, collate
+from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
-from imagen_lightning.images import downsample
-from imagen_lightning.types import Batch, InputError, Text
-
-_ATTEMPTS = 100  # samples tried at one position before it is given up
-_PLACE, _FLIP, _CAPTION = range(3)  # random streams of a position
+from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Sample:
-    """One captioned image.
-
-    Attributes:
-        image: (3, H, W) uint8; None where no usable sample was found.
-        caption: the caption.
-        key: the sample's name in its source.
-        position: its number in the run's consumed order.
-        text: the caption's stored states, a batch of one.
-        skips: samples that were tried before this one.
-    """
-
-    image: Tensor | None
-    caption: str
-    key: str
-    position: int
-    text: Text | None = None
-    skips: tuple[Skip, ...] = ()
-
-
-@dataclass
-class LoadedBatch(Batch):
-    """A Batch, and the samples that were left out while it was loaded."""
-
-    skips: list[Skip] = field(default_factory=list)
-
-
-def collate(samples: Sequence[Sample]) -> LoadedBatch:
-    """Stacks samples; those without an image are left out."""
-    usable = [sample for sample in samples if sample.image is not None]
-    texts = [sample.text for sample in usable if sample.text is not None]
-    images = [sample.image for sample in usable if sample.image is not None]
-    return LoadedBatch(
-        images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
-        captions=[sample.caption for sample in usable],
-        keys=[sample.key for sample in usable],
-        positions=torch.tensor([sample.position for sample in usable], dtype=torch.int64),
-        text=stack_text(texts) if texts else None,
-        skips=[skip for sample in samples for skip in sample.skips],
-    )
 
 
 def _leave_signals_to_parent(worker: int) -> None:
@@ -175,34 +125,6 @@ class PositionedDataModule(LightningDataModule):
         )
 
 
-class ShapesDataset(Dataset[Sample]):
-    """The built-in captioned shapes at a size of at most 64 px: item p is drawing p of a split.
-
-    Args:
-        seed: another seed draws other scenes.
-        split: "train", "val" or "held_out".
-        image_size: side in pixels; drawn at 64 and area-resized.
-        num_samples: the length; None is endless.
-    """
-
-    def __init__(self, seed: int, split: str, image_size: int = 64, num_samples: int | None = None) -> None:
-        self.seed = seed
-        self.split = split
-        self.image_size = image_size
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        if self.num_samples is None:
-            raise TypeError("endless shapes have no length")
-        return self.num_samples
-
-    def __getitem__(self, position: int) -> Sample:
-        image, caption = shapes.sample(self.seed, position, self.split)
-        if self.image_size != image.shape[-1]:
-            image = downsample(image[None].float(), self.image_size)[0].round().to(torch.uint8)
-        return Sample(image, caption, f"shapes-{self.split}-{position:06d}", position)
-
-
 class ShapesDataModule(PositionedDataModule):
     """Built-in captioned shapes, drawn from a seed: needs no files, never repeats.
 
@@ -234,107 +156,6 @@ class ShapesDataModule(PositionedDataModule):
 
     def validation_set(self) -> ShapesDataset:
         return ShapesDataset(self.seed, "val", self.image_size, self.num_val)
-
-
-class ShardDataset(Dataset[Sample]):
-    """Samples of indexed shards by position.
-
-    With an order, a sample that cannot be used is replaced by another of its window, which depends on the position
-    alone; without one, samples come as they lie and those that cannot be used are left out.
-
-    Args:
-        shards: the indexed shards.
-        rows: the rows of each shard that may be used.
-        order: the order over `rows`, or None.
-        image_size: side in pixels.
-        seed: of the random crop, flip and choice among captions, which depend on it and the position alone.
-        caption_field: see `decode_captions`.
-        text: (encoder's name, number of features) of the stored text states, or None where they are not used.
-        random_crop: crop the longer side anywhere, not at its centre.
-        random_flip: mirror half of the images.
-        allow_upscale: enlarge images that are too small.
-        num_samples: without an order, the number of samples, taken evenly spaced; None takes all.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        rows: Sequence[np.ndarray],
-        order: SampleOrder | None,
-        image_size: int,
-        seed: int = 0,
-        caption_field: str | None = None,
-        text: tuple[str, int] | None = None,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        allow_upscale: bool = False,
-        num_samples: int | None = None,
-    ) -> None:
-        self.shards = shards
-        self.rows = list(rows)
-        self.order = order
-        self.image_size = image_size
-        self.seed = seed
-        self.caption_field = caption_field
-        self.text = text
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.allow_upscale = allow_upscale
-        self._ends = np.cumsum([len(item) for item in self.rows])
-        self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
-
-    def __len__(self) -> int:
-        if self.order is not None:
-            raise TypeError("an endless order has no length")
-        return int(self.num_samples)
-
-    def __getitem__(self, position: int) -> Sample:
-        skips: list[Skip] = []
-        for attempt in range(_ATTEMPTS if self.order is not None else 1):
-            shard, row = self._find(position, attempt)
-            try:
-                sample = self._load(shard, row, position)
-            except Unusable as fault:
-                skips.append(Skip(str(self.shards.indexes[shard].path), self.shards.key(shard, row), fault.reason))
-            else:
-                sample.skips = tuple(skips)
-                return sample
-        return Sample(None, "", "", position, skips=tuple(skips))
-
-    def _find(self, position: int, attempt: int) -> tuple[int, int]:
-        if self.order is None:
-            place = position * int(self._ends[-1]) // int(self.num_samples)
-            shard = int(np.searchsorted(self._ends, place, side="right"))
-            number = place - (int(self._ends[shard - 1]) if shard else 0)
-        else:
-            shard, number = self.order.replacement(position, attempt) if attempt else self.order.at(position)
-        return shard, int(self.rows[shard][number])
-
-    def _load(self, shard: int, row: int, position: int) -> Sample:
-        captions = decode_captions(
-            self.shards.read(shard, row, CAPTION), self.shards.read(shard, row, METADATA), self.caption_field
-        )
-        caption, text = captions[0], None
-        if self.text is not None:
-            name, num_features = self.text
-            text, _ = decode_text_states(self.shards.read(shard, row, TEXT_STATES) or b"", name)
-            if text.states.shape[2] != num_features:
-                raise Unusable(Reason.BAD_TEXT_STATES)
-        elif len(captions) > 1:
-            caption = captions[self._random(position, _CAPTION).integers(len(captions))]
-        image = fit(
-            decode_image(self.shards.read(shard, row, IMAGE) or b""),
-            self.image_size,
-            self._random(position, _PLACE).random() if self.random_crop else 0.5,
-            self.allow_upscale,
-        )
-        if self.random_flip and self._random(position, _FLIP).random() < 0.5:
-            image = image.flip(-1)
-        key = f"{self.shards.indexes[shard].path.stem}/{self.shards.key(shard, row)}"
-        return Sample(image, caption, key, position, text)
-
-    def _random(self, position: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, position, stream, 2])
 
 
 class LaionDataModule(PositionedDataModule):

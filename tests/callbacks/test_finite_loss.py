@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from imagen_lightning.callbacks import EMA, Checkpoint, FiniteLoss, NonFiniteLossError, find_last
-from imagen_lightning.data.datamodule import ShapesDataModule, ShapesDataset
+from imagen_lightning.data.datamodule import ShapesDataModule
+from imagen_lightning.data.dataset import ShapesDataset
 
 
 class SpoiledDataset(ShapesDataset):
