@@ -1,0 +1,229 @@
+"""Conditions on samples' metadata, such as `min_side: 256, punsafe_max: 0.1`, and how many samples each removes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from imagen_lightning.data.metadata import NUMBERS, WORDS, as_word, known_fields
+from imagen_lightning.errors import InputError, counted
+
+_RANGES = {"similarity": (-1.0, 1.0), "punsafe": (0.0, 1.0), "pwatermark": (0.0, 1.0)}
+_SIDES = {"min_side": ("width", "height"), "min_original_side": ("original_width", "original_height")}
+_ASPECT = "max_aspect"
+
+Columns = Mapping[str, np.ndarray]
+"""Known field to one value a sample: float64 with NaN, or text with "", where a sample lacks it."""
+
+
+@dataclass(frozen=True)
+class _AtLeast:
+    """The smallest of some fields is at least the limit."""
+
+    fields: tuple[str, ...]
+    limit: float
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        return np.minimum.reduce([columns[name] for name in self.fields]) >= self.limit
+
+
+@dataclass(frozen=True)
+class _AtMost:
+    fields: tuple[str, ...]
+    limit: float
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        return columns[self.fields[0]] <= self.limit
+
+
+@dataclass(frozen=True)
+class _MaxAspect:
+    """The longer of two sides is at most the limit times the shorter."""
+
+    fields: tuple[str, ...]
+    limit: float
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        sides = [columns[name] for name in self.fields]
+        return np.maximum(*sides) <= self.limit * np.minimum(*sides)
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    fields: tuple[str, ...]
+    words: tuple[str, ...]
+
+    def holds(self, columns: Columns) -> np.ndarray:
+        wanted = [word.casefold() for word in self.words]
+        words, numbers = np.unique(columns[self.fields[0]], return_inverse=True)
+        return np.array([str(word).casefold() in wanted for word in words], dtype=bool)[numbers]
+
+
+_Condition = _AtLeast | _AtMost | _MaxAspect | _OneOf
+
+
+@dataclass
+class FilterCounts:
+    """How many samples a filter saw and how many each of its conditions removed.
+
+    Attributes:
+        num_samples: samples seen.
+        removed: samples removed, each under the first condition that did so: a condition as it was written, such as
+            "punsafe_max=0.1", or "punsafe missing" where a sample lacks what the condition asks of; in their order.
+    """
+
+    num_samples: int = 0
+    removed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        return self.num_samples - sum(self.removed.values())
+
+    def add(self, other: FilterCounts) -> None:
+        self.num_samples += other.num_samples
+        for reason, count in other.removed.items():
+            self.removed[reason] = self.removed.get(reason, 0) + count
+
+    def __str__(self) -> str:
+        """ "70 of 100 samples left; removed: 20 min_side=256, 10 punsafe missing"."""
+        parts = ", ".join(f"{count} {reason}" for reason, count in self.removed.items() if count)
+        left = f"{self.left} of {counted(self.num_samples, 'sample')} left"
+        return f"{left}; removed: {parts}" if parts else left
+
+
+class Filter:
+    """Conditions that a sample's metadata must meet, all of them, applied in their order.
+
+    A sample that lacks a field that a condition asks of does not meet it, and is counted apart.
+
+    - `min_side: 256`: the shorter side of the stored image, in pixels, is at least that; `min_original_side` of the
+      image before it was stored, which tells those that were enlarged.
+    - `max_aspect: 2`: the longer side is at most so many times the shorter.
+    - `FIELD_min` and `FIELD_max`, both inclusive, with a number's field: width, height, original_width,
+      original_height (pixels), similarity (cosine, -1 to 1), punsafe, pwatermark (probabilities), aesthetic (about 1
+      to 10).
+    - `language: en`, `licence: [cc0, cc-by]` (or `license`) and `status`: the field is that word or one of those, in
+      capitals or not.
+
+    Args:
+        conditions: name to limit, in order.
+
+    Raises:
+        InputError: an unknown name, or a limit of another type or out of range.
+    """
+
+    def __init__(self, conditions: Mapping[str, Any]) -> None:
+        self.conditions: dict[str, _Condition] = {}  # by their text
+        for name, value in conditions.items():
+            condition = _condition(name, value)
+            limit = ",".join(condition.words) if isinstance(condition, _OneOf) else f"{condition.limit:g}"
+            self.conditions[f"{name}={limit}"] = condition
+
+    @classmethod
+    def parse(cls, text: str) -> Filter:
+        """The filter that `min_side=256,punsafe_max=0.1,language=en,de` says: a part without "=" continues a list.
+
+        Raises:
+            InputError: as the class, or not of this form.
+        """
+        conditions: dict[str, Any] = {}
+        name = ""
+        for part in text.split(","):
+            before, equals, value = (item.strip() for item in part.partition("="))
+            if equals and before in conditions:
+                raise InputError(f"filter {text!r} names {before!r} twice")
+            if not equals and not name:
+                raise InputError(f"filter {text!r}: {part.strip()!r} has no '='; write for example {_EXAMPLE}")
+            name, value = (before, value) if equals else (name, before)
+            conditions.setdefault(name, []).append(value)
+        for name, values in conditions.items():
+            if name.endswith(("_min", "_max")) or name.startswith(("min_", "max_")):
+                if len(values) > 1:
+                    raise InputError(f"filter {text!r}: {name} takes one number, not {','.join(values)!r}")
+                try:
+                    conditions[name] = float(values[0])
+                except ValueError:
+                    raise InputError(f"filter {text!r}: {name} takes a number, not {values[0]!r}") from None
+        return cls(conditions)
+
+    def __str__(self) -> str:
+        return ",".join(self.conditions)
+
+    def select(self, columns: Columns, num_samples: int) -> tuple[np.ndarray, FilterCounts]:
+        """Which samples meet every condition, (num_samples,) bool, and how many each removed.
+
+        Args:
+            columns: the known fields that there are, (num_samples,) each; a field that is not there is missing in all.
+            num_samples: number of samples.
+        """
+        left = np.ones(num_samples, dtype=bool)
+        counts = FilterCounts(num_samples)
+        for text, condition in self.conditions.items():
+            here = {name: columns.get(name, _nothing(name, num_samples)) for name in condition.fields}
+            lacking = np.logical_or.reduce([_lacks(values) for values in here.values()])
+            missing = f"{' or '.join(condition.fields)} missing"
+            counts.removed[missing] = counts.removed.get(missing, 0) + int((left & lacking).sum())
+            left &= ~lacking
+            holds = condition.holds(here)
+            counts.removed[text] = int((left & ~holds).sum())
+            left &= holds
+        return left, counts
+
+    def why_not(self, record: Mapping[str, Any]) -> str | None:
+        """The first condition that a sample's metadata, under any of the usual names, does not meet.
+
+        Returns:
+            It as it was written, such as "punsafe_max=0.1", or "punsafe missing"; None where all are met.
+        """
+        columns = {name: np.array([value]) for name, value in known_fields(record).items()}
+        _, counts = self.select(columns, 1)
+        return next((reason for reason, count in counts.removed.items() if count), None)
+
+
+_EXAMPLE = "'min_side=256,punsafe_max=0.1,language=en'"
+
+
+def _nothing(name: str, num_samples: int) -> np.ndarray:
+    return np.full(num_samples, "" if name in WORDS else math.nan)
+
+
+def _lacks(values: np.ndarray) -> np.ndarray:
+    return np.isnan(values) if values.dtype.kind == "f" else values == ""
+
+
+def _condition(name: str, value: Any) -> _Condition:
+    field_name = "licence" if name == "license" else name
+    if field_name in WORDS:
+        return _OneOf((field_name,), _words(name, value))
+    if name in _SIDES:
+        return _AtLeast(_SIDES[name], _number(name, value, 0.0, math.inf))
+    if name == _ASPECT:
+        return _MaxAspect(_SIDES["min_side"], _number(name, value, 1.0, math.inf))
+    field_name, _, bound = str(name).rpartition("_")
+    if field_name not in NUMBERS or bound not in ("min", "max"):
+        known = [*_SIDES, _ASPECT, *(f"{number}_min/_max" for number in NUMBERS), *WORDS]
+        raise InputError(f"filter {name!r} is unknown; give some of {', '.join(known)}")
+    limit = _number(name, value, *_RANGES.get(field_name, (-math.inf, math.inf)))
+    return (_AtLeast if bound == "min" else _AtMost)((field_name,), limit)
+
+
+def _number(name: str, value: Any, lowest: float, highest: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"filter {name}: {value!r} is no number")
+    if not lowest <= value <= highest:
+        within = f"from {lowest:g} to {highest:g}" if math.isfinite(highest) else f"of at least {lowest:g}"
+        raise InputError(f"filter {name}: {value:g} is out of range; give a number {within}")
+    return float(value)
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    words: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
+    found = tuple(as_word(word) for word in words)
+    if not found or not all(found):
+        mend = "; quote the word" if value is False else ""  # YAML's `language: no`
+        raise InputError(f"filter {name}: {value!r} is no word or list of words{mend}")
+    return found
