@@ -12,7 +12,8 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.checkpoint import find_last
-from imagen_lightning.callbacks.run_folder import run_dir, write_json
+from imagen_lightning.callbacks.run_folder import run_dir
+from imagen_lightning.files import write_json
 from imagen_lightning.stages import StepRecord
 from imagen_lightning.types import Batch
 

@@ -1,4 +1,4 @@
-"""The run folder: where a run's files lie, what `run.json` says about it, and files written whole.
+"""The run folder: where a run's files lie, and what `run.json` says about it.
 
 A run folder is the trainer's `default_root_dir`: `RUN/{config.yaml, run.json, metrics.csv, checkpoints/, samples/STEP/,
 non_finite/, wandb/}`.
@@ -7,21 +7,18 @@ non_finite/, wandb/}`.
 from __future__ import annotations
 
 import json
-import math
-import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
-from imagen_lightning import __version__
+from imagen_lightning.files import write_json
+from imagen_lightning.provenance import git_revision, versions
 from imagen_lightning.types import InputError
 
 RUN_INFO = "run.json"
@@ -37,27 +34,6 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON whole or not at all; numbers that JSON lacks become "nan", "inf" and "-inf"."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_run_info(run_dir: str | Path) -> dict[str, Any]:
@@ -90,20 +66,9 @@ def update_run_info(run_dir: str | Path, **items: Any) -> dict[str, Any]:
 
 
 def _origin() -> dict[str, Any]:
-    versions = {package: version(package) for package in ("torch", "lightning")}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"imagen-lightning": __version__, **versions, "python": sys.version.split()[0]},
-        "git": _git_revision(),
+        "versions": versions(),
+        "git": git_revision(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def _git_revision() -> str | None:
-    """The commit of the working folder, followed by "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None

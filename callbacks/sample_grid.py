@@ -17,10 +17,11 @@ from lightning.pytorch.loggers import WandbLogger  # isort: skip
 from imagen_lightning.callbacks.checkpoint import interrupted
 from imagen_lightning.callbacks.ema import averaged_weights
 from imagen_lightning.callbacks.rng import untouched_rng
-from imagen_lightning.callbacks.run_folder import run_dir, write_json
+from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.throughput import uncounted
 from imagen_lightning.components import describe
 from imagen_lightning.diffusion.random import seeded_generator
+from imagen_lightning.files import write_json
 from imagen_lightning.images import downsample, grid, save_png, to_float, to_pil, to_uint8
 from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
 from imagen_lightning.types import InputError

@@ -16,7 +16,7 @@ import shutil
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,6 +231,43 @@ class Cascade:
         cascade = cls(_share_encoders(stages), manifest.get("metrics", []))
         return cascade if device is None else cascade.to(device)
 
+    def set_defaults(self, settings: Sequence[StageSettings], metrics: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Makes an operating point the stages' default sampling, and adds the evidence for it to `metrics`.
+
+        Args:
+            settings: one a stage, as `settings` gives them.
+            metrics: results with their protocols, plain data.
+        """
+        for stage, setting in zip(self.stages, settings, strict=True):
+            stage.sampling = replace(
+                stage.sampling, sampler=setting.sampler, num_steps=setting.steps, guidance=setting.guidance
+            )
+            if setting.aug_level is not None:
+                stage.aug_level = setting.aug_level  # type: ignore[attr-defined]
+        self.metrics += [dict(metric) for metric in metrics]
+
+    def save_manifest(self, folder: str | Path) -> None:
+        """Rewrites the manifest of the folder that this cascade was loaded from; the weights there stay as they are.
+
+        Raises:
+            InputError: the folder holds no cascade or one of other stages, or cannot be written.
+        """
+        path, manifest = _read_manifest(folder)
+        if [entry["name"] for entry in manifest["stages"]] != self.names:
+            raise InputError(f"{path} has stages other than {', '.join(self.names)}; give this cascade's own folder")
+        for entry, stage in zip(manifest["stages"], self.stages):
+            entry.update(_summary(stage))
+            entry["stage"] = {"class_path": class_path(stage), "init_args": stage.hyperparameters()}
+        manifest["metrics"] = self.metrics
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {_line(error)}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
     # ---- sampling
 
     def sample(
@@ -245,6 +282,7 @@ class Cascade:
         images: Tensor | Sequence[Image.Image | Tensor] | None = None,
         start_stage: int | str = 0,
         *,
+        last_stage: int | str | None = None,
         batch_size: int = 32,
         first_index: int = 0,
         precision: str = "32",
@@ -270,6 +308,7 @@ class Cascade:
             images: what the first stage that runs takes, one a caption: (B, 3, h, w) uint8 or in [-1, 1], or PIL
                 images; larger square ones are resized by the one area filter.
             start_stage: number or name of the first stage to run; after the base it needs images.
+            last_stage: number or name of the last stage to run, default the cascade's last.
             batch_size: images at a time.
             first_index: i of the first image, where several calls or processes share one seed's images.
             precision: "32", or "bf16" for autocast.
@@ -286,7 +325,10 @@ class Cascade:
         if precision not in ("32", "bf16"):
             raise InputError(f"precision {precision!r} is unknown; use '32' or 'bf16'")
         start = _find(self.names, start_stage)
-        settings = self._settings(guidance, steps, sampler, aug_level)[start:]
+        stop = len(self.stages) if last_stage is None else _find(self.names, last_stage) + 1
+        if stop <= start:
+            raise InputError(f"last_stage {last_stage!r} lies before start_stage {start_stage!r}; swap them")
+        settings = self.settings(guidance, steps, sampler, aug_level)[start:stop]
         negatives = self._negatives(negative, len(captions), settings)
         seeds = _seeds(seed, len(captions), first_index)
         low_res = self._low_res(images, start, len(captions))
@@ -324,7 +366,15 @@ class Cascade:
             outputs.append(low_res)
         return Samples(outputs[-1], outputs, settings)
 
-    def _settings(self, guidance: Any, steps: Any, sampler: Any, aug_level: Any) -> list[StageSettings]:
+    def settings(
+        self, guidance: Any = None, steps: Any = None, sampler: Any = None, aug_level: Any = None
+    ) -> list[StageSettings]:
+        """Each stage's settings for values as `sample` takes them.
+
+        Raises:
+            InputError: a value of the wrong length or range, an unknown sampler.
+        """
+
         def spread(name: str, value: Any) -> list[Any]:
             values = list(value) if isinstance(value, list | tuple) else [value] * len(self.stages)
             if len(values) != len(self.stages):

@@ -41,10 +41,10 @@ from imagen_lightning.callbacks import (
     update_run_info,
     wandb_logger,
 )
-from imagen_lightning.callbacks.run_folder import write_text
 from imagen_lightning.cascade import load_weights, read_checkpoint
 from imagen_lightning.cli.stage_parser import Parser
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import write_text
 from imagen_lightning.stages import DiffusionMixin
 
 CONFIG = "config.yaml"
