@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import plain, write_json
 
 EVALUATION = "evaluation.json"
 FORMAT = 1
@@ -91,7 +90,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as in the file; numbers that JSON lacks become "nan", "inf" and "-inf"."""
-        return {"format": FORMAT, **_plain(asdict(self))}
+        return {"format": FORMAT, **plain(asdict(self))}
 
     @classmethod
     def from_json(cls, content: Any) -> Evaluation:
@@ -117,12 +116,7 @@ class Evaluation:
 
 def save(evaluation: Evaluation, folder: str | Path) -> None:
     """Writes FOLDER/evaluation.json whole or not at all, in the place of an earlier one."""
-    path = Path(folder) / EVALUATION
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8", newline="")
-    os.replace(partial, path)
+    write_json(Path(folder) / EVALUATION, evaluation.to_json())
 
 
 def load(folder: str | Path) -> Evaluation:
@@ -176,14 +170,6 @@ def _take(
         where = f"{place}.{key}" if place else key
         raise InputError(f"{where} is {'missing' if value is None else f'{value!r}, of the wrong type'}")
     return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _listed(words: tuple[str | None, ...]) -> str:
