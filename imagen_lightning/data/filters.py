@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_lightning.data.metadata import NUMBERS, WORDS, as_word, known_fields
+from imagen_lightning.data.metadata import NUMBERS, WORDS, as_word, blank, known_fields, lacks
 from imagen_lightning.errors import InputError, counted
 
 _RANGES = {"similarity": (-1.0, 1.0), "punsafe": (0.0, 1.0), "pwatermark": (0.0, 1.0)}
@@ -163,8 +163,8 @@ class Filter:
         left = np.ones(num_samples, dtype=bool)
         counts = FilterCounts(num_samples)
         for text, condition in self.conditions.items():
-            here = {name: columns.get(name, _nothing(name, num_samples)) for name in condition.fields}
-            lacking = np.logical_or.reduce([_lacks(values) for values in here.values()])
+            here = {name: columns.get(name, blank(name, num_samples)) for name in condition.fields}
+            lacking = np.logical_or.reduce([lacks(values) for values in here.values()])
             missing = f"{' or '.join(condition.fields)} missing"
             counts.removed[missing] = counts.removed.get(missing, 0) + int((left & lacking).sum())
             left &= ~lacking
@@ -185,14 +185,6 @@ class Filter:
 
 
 _EXAMPLE = "'min_side=256,punsafe_max=0.1,language=en'"
-
-
-def _nothing(name: str, num_samples: int) -> np.ndarray:
-    return np.full(num_samples, "" if name in WORDS else math.nan)
-
-
-def _lacks(values: np.ndarray) -> np.ndarray:
-    return np.isnan(values) if values.dtype.kind == "f" else values == ""
 
 
 def _condition(name: str, value: Any) -> _Condition:
