@@ -1,0 +1,243 @@
+"""Drawing a stage's images once: kept as PNG files, gone on with where it stopped, shared by several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imagen_lightning.cascade import Cascade, StageSettings
+from imagen_lightning.evaluation.data import EvaluationSet
+from imagen_lightning.images import downsample, from_pil, save_png, to_float, to_pil, to_uint8
+
+Progress = Callable[[int, str], None]
+"""Called with (network evaluations done, what is drawn)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which images are this process's to draw: batches `rank`, `rank + world_size`, …"""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Part:
+        """As torchrun tells its processes."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def batches(self, count: int, batch_size: int) -> list[slice]:
+        starts = range(0, count, batch_size)
+        return [slice(start, min(start + batch_size, count)) for start in starts[self.rank :: self.world_size]]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages `first` to `last`, the first of them given real low-resolution images (or text alone, for a base).
+
+    Attributes:
+        first, last: numbers of the cascade's stages.
+        settings: of each of those stages, in order.
+    """
+
+    first: int
+    last: int
+    settings: tuple[StageSettings, ...]
+
+    def before(self) -> Chain | None:
+        """The chain without its last stage."""
+        return None if self.first == self.last else Chain(self.first, self.last - 1, self.settings[:-1])
+
+
+def chains(settings: Sequence[StageSettings]) -> list[Chain]:
+    """Every run of stages, from each stage on: what the matrix draws, in an order that shares as it goes."""
+    count = len(settings)
+    return [
+        Chain(first, last, tuple(settings[first : last + 1])) for first in range(count) for last in range(first, count)
+    ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a chain drew.
+
+    Attributes:
+        images: (N, 3, H, W) uint8 of its last stage.
+        given: (N, 3, h, w) uint8, what that stage was given; None for a base.
+        folder: where the PNG files lie.
+        seconds_per_image: of the last stage alone.
+        peak_memory_bytes: of the process (or its GPU) while that stage drew.
+    """
+
+    images: Tensor
+    given: Tensor | None
+    folder: Path
+    seconds_per_image: float
+    peak_memory_bytes: int
+
+
+class Drawing:
+    """Draws chains of a cascade for the captions of an evaluation set, each stage of each chain once.
+
+    Image i takes its noise from (seed, i, stage) whatever the process, the batch or the moment, so that a drawing that
+    was stopped goes on as if it had not been, and chains with the same settings share their images.
+
+    Args:
+        cascade: on its device.
+        data: the captions and real images.
+        folder: images lie in `folder/STAGE-INPUT-HASH/00000.png`.
+        identity: hash of the cascade's weights.
+        seed: of the noise.
+        batch_size: images at a time.
+        precision: "32" or "bf16".
+        part: this process's share.
+        meet: waits for the other processes.
+        progress: told of network evaluations.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        data: EvaluationSet,
+        folder: Path,
+        *,
+        identity: str,
+        seed: int = 0,
+        batch_size: int = 32,
+        precision: str = "32",
+        part: Part | None = None,
+        meet: Callable[[], None] = lambda: None,
+        progress: Progress = lambda done, what: None,
+    ) -> None:
+        self.cascade = cascade
+        self.data = data
+        self.folder = folder
+        self.identity = identity
+        self.seed = seed
+        self.batch_size = batch_size
+        self.precision = precision
+        self.part = part or Part()
+        self.meet = meet
+        self.progress = progress
+        self._drawn: dict[str, Drawn] = {}
+
+    def draw(self, chain: Chain) -> Drawn:
+        """The chain's images, drawn or read; every process calls it and all get all images."""
+        name = self.name(chain)
+        if name not in self._drawn:
+            before = chain.before()
+            if before is not None:
+                given: Tensor | None = self.draw(before).images
+            else:
+                given = self.real(chain.first)
+            self._draw_missing(chain, name, given)
+            self.meet()
+            self._drawn[name] = self._read(name, given)
+        return self._drawn[name]
+
+    def name(self, chain: Chain) -> str:
+        """The folder of a chain: stage, input, and a hash of all that its images depend on."""
+        facts = {
+            "cascade": self.identity,
+            "captions": hashlib.sha256("\n".join(self.data.captions).encode()).hexdigest(),
+            "images": self.data.sha256 if self.real(chain.first) is not None else None,
+            "seed": self.seed,
+            "precision": self.precision,
+            "first": chain.first,
+            "settings": [setting.described() for setting in chain.settings],
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        kind = "text" if chain.last == 0 and self.real(0) is None else "real" if chain.first == chain.last else "chain"
+        return f"{self.cascade.names[chain.last]}-{kind}-{digest}"
+
+    def real(self, stage: int) -> Tensor | None:
+        """The real images at the size that a stage takes; None for a base."""
+        size = getattr(self.cascade.stages[stage], "low_res_size", None)
+        return None if size is None else self.truth(size)
+
+    def truth(self, size: int) -> Tensor:
+        """(N, 3, size, size) uint8: the real images by the area filter."""
+        if size == self.data.images.shape[-1]:
+            return self.data.images
+        return to_uint8(downsample(to_float(self.data.images), size))
+
+    def evaluations(self, chain: Chain) -> int:
+        """Network evaluations that are left for this process to draw the chain, what it shares with others included."""
+        before = chain.before()
+        missing = sum(bool(self._missing(self.name(chain), rows)) for rows in self._batches())
+        return missing * chain.settings[-1].steps + (self.evaluations(before) if before is not None else 0)
+
+    def _batches(self) -> list[slice]:
+        return self.part.batches(len(self.data), self.batch_size)
+
+    def _missing(self, name: str, rows: slice) -> list[int]:
+        return [i for i in range(rows.start, rows.stop) if not (self.folder / name / f"{i:05d}.png").exists()]
+
+    def _draw_missing(self, chain: Chain, name: str, given: Tensor | None) -> None:
+        setting, number = chain.settings[-1], chain.last
+        every: list[Any] = [None] * len(self.cascade.stages)
+
+        def only(value: Any) -> list[Any]:
+            return [value if place == number else None for place in range(len(every))]
+
+        device = self.cascade.device
+        for rows in self._batches():
+            if not self._missing(name, rows):
+                continue
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            samples = self.cascade.sample(
+                self.data.captions[rows],
+                seed=self.seed,
+                guidance=only(setting.guidance),
+                steps=only(setting.steps),
+                sampler=only(setting.sampler),
+                aug_level=only(setting.aug_level),
+                images=None if given is None else given[rows],
+                start_stage=number,
+                last_stage=number,
+                batch_size=self.batch_size,
+                first_index=rows.start,
+                precision=self.precision,
+                progress=lambda done, total, stage: self.progress(1, name),
+            )
+            seconds = time.perf_counter() - start
+            for index, image in enumerate(samples.images, rows.start):
+                save_png(to_pil(image), self.folder / name / f"{index:05d}.png")
+            cost = {"seconds": seconds, "images": rows.stop - rows.start, "peak_memory_bytes": _peak_memory(device)}
+            with (self.folder / name / f"cost-{self.part.rank}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cost) + "\n")
+
+    def _read(self, name: str, given: Tensor | None) -> Drawn:
+        folder = self.folder / name
+        images = []
+        for index in range(len(self.data)):
+            with Image.open(folder / f"{index:05d}.png") as image:
+                images.append(from_pil(image))
+        costs = [
+            json.loads(line)
+            for path in sorted(folder.glob("cost-*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        total = sum(cost["images"] for cost in costs)
+        seconds = sum(cost["seconds"] for cost in costs) / total if total else float("nan")
+        memory = max((cost["peak_memory_bytes"] for cost in costs), default=0)
+        return Drawn(torch.stack(images), given, folder, seconds, memory)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The GPU's peak since the batch began, or the process's own since it began."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

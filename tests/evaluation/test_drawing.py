@@ -1,0 +1,86 @@
+"""Drawing once: the chain's own images, kept, gone on with, and shared by processes."""
+
+import pytest
+import torch
+
+from imagen_lightning.evaluation.data import load_evaluation_set
+from imagen_lightning.evaluation.drawing import Chain, Drawing, Part, chains
+from imagen_lightning.images import downsample, to_float, to_uint8
+
+NUM = 5
+
+
+@pytest.fixture
+def data():
+    return load_evaluation_set("shapes", NUM, 16)
+
+
+@pytest.fixture
+def draw(cascade, data, tmp_path):
+    def make(folder="samples", **options):
+        return Drawing(cascade, data, tmp_path / folder, identity="abc", seed=3, batch_size=2, **options)
+
+    return make
+
+
+def whole(cascade):
+    return Chain(0, 1, tuple(cascade.settings()))
+
+
+def test_a_chain_is_what_the_cascade_samples(cascade, data, draw):
+    drawing = draw()
+    drawn = drawing.draw(whole(cascade))
+    expected = cascade.sample(data.captions, seed=3, batch_size=2)
+    assert torch.equal(drawn.images, expected.images)
+    assert torch.equal(drawn.given, expected.stages[0])
+    assert drawn.seconds_per_image > 0
+    assert drawn.peak_memory_bytes > 0
+    assert len(list(drawn.folder.glob("*.png"))) == NUM
+
+
+def test_a_stage_on_real_input_is_given_the_reduced_images(cascade, data, draw):
+    drawn = draw().draw(Chain(1, 1, tuple(cascade.settings()[1:])))
+    small = to_uint8(downsample(to_float(data.images), 8))
+    assert torch.equal(drawn.given, small)
+    expected = cascade.sample(data.captions, seed=3, images=small, start_stage=1, batch_size=2)
+    assert torch.equal(drawn.images, expected.images)
+
+
+def test_what_is_drawn_is_not_drawn_again(cascade, draw):
+    evaluations = []
+    drawing = draw(progress=lambda done, what: evaluations.append(what))
+    chain = whole(cascade)
+    assert drawing.evaluations(chain) == 3 * 3 + 3 * 2  # three batches of the base's 3 steps and the other's 2
+    first = drawing.draw(chain)
+    assert len(evaluations) == 15
+    (first.folder / "00003.png").unlink()  # as if it had been stopped there
+    again = draw(progress=lambda done, what: evaluations.append(what))
+    assert again.evaluations(chain) == 2
+    assert torch.equal(again.draw(chain).images, first.images)
+    assert len(evaluations) == 17
+    guided = Chain(0, 1, tuple(cascade.settings(guidance=[None, 1.5])))
+    again.draw(guided)
+    assert len(evaluations) == 17 + 6  # the base's images are shared
+
+
+def test_names_tell_what_images_depend_on(cascade, data, draw):
+    drawing, other = draw(), draw("elsewhere")
+    names = [drawing.name(chain) for chain in chains(cascade.settings())]
+    assert [name.rsplit("-", 1)[0] for name in names] == ["base-text", "sr_16-chain", "sr_16-real"]
+    assert names == [other.name(chain) for chain in chains(cascade.settings())]
+    assert drawing.name(Chain(0, 0, tuple(cascade.settings(guidance=3.0)[:1]))) != names[0]
+    other.seed = 4
+    assert other.name(whole(cascade)) != names[1]
+
+
+def test_processes_draw_their_parts_and_read_all(cascade, draw):
+    chain = whole(cascade)
+    alone = draw("alone").draw(chain)
+    parts = [draw("shared", part=Part(rank, 2)) for rank in range(2)]
+    for part in parts:  # in turns instead of at once: each stage's images are all there before they are read
+        for step in (chain.before(), chain):
+            given = None if step.first == step.last else alone.given
+            part._draw_missing(step, part.name(step), given)
+    assert all(torch.equal(part.draw(chain).images, alone.images) for part in parts)
+    assert {path.name for path in parts[0].draw(chain).folder.glob("cost-*")} == {"cost-0.jsonl", "cost-1.jsonl"}
+    assert Part(1, 2).batches(NUM, 2) == [slice(2, 4)]
