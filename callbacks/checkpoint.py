@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import logging
 import math
 import os
@@ -21,8 +23,10 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch import callbacks  # isort: skip
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # isort: skip
+from lightning.pytorch.trainer.states import TrainerFn  # isort: skip
 
 from imagen_lightning.callbacks.loggers import RunCSVLogger
+from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import rng_states, set_rng_states
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.throughput import uncounted
@@ -32,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
+PARTIAL = ".partial"
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -41,21 +46,51 @@ class NonFiniteWeightsError(RuntimeError):
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then renames it.
+    """Writes a checkpoint beside its place and then renames it, on the disk before it counts as written.
 
     Lightning's own writer holds a second copy in memory and moves it over from the system's temporary folder, which is
     not atomic between file systems.
+
+    Raises:
+        OSError: the file cannot be written, with its path; nothing is left of it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + PARTIAL)
         try:
-            torch.save(checkpoint, partial)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
+                partial.unlink(missing_ok=True)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind what torch's writer raised: at the end of a file that is not whole it raises another one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -63,7 +98,11 @@ class Checkpoint(callbacks.Checkpoint):
 
     It is written after an optimizer step, when the EMA has been updated, and never inside validation or after the EMA
     has taken the weights' place. It holds the global random states of every process beside Lightning's own content, so
-    that a resumed run is the uninterrupted one, and plain data only (`torch.load(weights_only=True)`).
+    that a resumed run is the uninterrupted one, and plain data only (`torch.load(weights_only=True)`). metrics.csv is
+    written first, so that it has every row of the steps behind a checkpoint.
+
+    A validation that is due at a checkpoint's step comes after it. A resumed run makes it up, which Lightning would not;
+    so does one with no step left to train, where the end of its training was cut off. last.ckpt says that nothing was.
 
     SIGTERM, SIGINT and SIGUSR1 end training: the step is finished, its checkpoint written, `interrupted` set, and `fit`
     returns. A second SIGINT stops at once. Lightning's own handlers, which save from inside the signal, stand back.
@@ -95,12 +134,20 @@ class Checkpoint(callbacks.Checkpoint):
         self._seen_step = 0
         self._saved_step: float = math.inf  # nothing is to be saved before training starts
         self._rng: list[dict[str, Any]] = []
+        self._max_steps: int | None = None  # the trainer's, while it is raised so that it ends a run again
 
     # ---- training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeFileIO()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and 0 < trainer.max_steps <= checkpoint["global_step"]:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = checkpoint["global_step"] + 1  # else Lightning leaves at once
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = self._saved_step = trainer.global_step
@@ -111,8 +158,14 @@ class Checkpoint(callbacks.Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.rewind(trainer.global_step)
+        if trainer.is_global_zero:
+            for partial in (run_dir(trainer) / FOLDER).glob(f"*{PARTIAL}"):  # of a run that was killed
+                partial.unlink()
         self._install_handlers()
         self._take_over(trainer)
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
+        _validate_if_due(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,29 +173,31 @@ class Checkpoint(callbacks.Checkpoint):
         if trainer.global_step == self._seen_step:
             return  # gradients are still accumulating
         self._seen_step = trainer.global_step
-        self.interrupted = self._agreed_signal(trainer)
-        if self.interrupted is not None:
-            trainer.should_stop = True
-            trainer.fit_loop.epoch_loop._skip_next_val = True  # stopping would validate first
+        self._heed_signal(trainer)
         stopping = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if stopping or trainer.global_step == trainer.max_steps:
-            self._save(trainer, pl_module, last=True)
-        elif trainer.global_step % self.every_n_steps == 0:
+        if stopping or trainer.global_step == trainer.max_steps or trainer.global_step % self.every_n_steps == 0:
+            _log_step(trainer)
             self._save(trainer, pl_module)
+            self._heed_signal(trainer)  # one that came while it was written need not wait for another step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Stopped by its validation, or by max_epochs: the weights are the trained ones still.
         at_end = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         if (trainer.should_stop or at_end) and trainer.global_step > self._saved_step:
-            self._save(trainer, pl_module, last=True)
+            self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handlers()
+        _write_metrics(trainer)
+        cut_short = self.interrupted is not None and trainer.global_step == trainer.max_steps
+        if trainer.is_global_zero and not cut_short:
+            self._name_last(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         if isinstance(exception, InputError) and self._between_steps(trainer):
-            self._save(trainer, pl_module, last=True)
+            self._save(trainer, pl_module)
+            self._name_last(trainer)
 
     def _between_steps(self, trainer: pl.Trainer) -> bool:
         """Whether weights, counts and random states are those after an optimizer step that is not saved yet."""
@@ -156,22 +211,26 @@ class Checkpoint(callbacks.Checkpoint):
             and not loop._should_accumulate()
         )
 
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, last: bool = False) -> None:
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, step = run_dir(trainer) / FOLDER, trainer.global_step
-        path = folder / f"step-{step}.ckpt"
         with uncounted(trainer):
             self._check_finite(trainer, pl_module)
-            trainer.save_checkpoint(path, weights_only=False)
+            _write_metrics(trainer)
+            trainer.save_checkpoint(folder / f"step-{step}.ckpt", weights_only=False)
             self._saved_step = step
             if trainer.is_global_zero:
-                if last:
-                    _link(path, folder / LAST)
                 older = sorted(number for number in _steps(folder) if number < step)
                 for number in older[: max(len(older) - (self.keep - 1), 0)]:
                     (folder / f"step-{number}.ckpt").unlink()
             trainer.strategy.barrier("imagen_lightning.Checkpoint")
+
+    def _name_last(self, trainer: pl.Trainer) -> None:
+        folder = run_dir(trainer) / FOLDER
+        path = folder / f"step-{trainer.global_step}.ckpt"
+        if path.exists():
+            _link(path, folder / LAST)
 
     def _check_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         finite = [parameter.detach().isfinite().all() for parameter in pl_module.parameters()]
@@ -188,12 +247,7 @@ class Checkpoint(callbacks.Checkpoint):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        own = rng_states("cuda" if torch.cuda.is_initialized() else "cpu")
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return {"rng": [own]}
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
-        return {"rng": states}
+        return {"rng": of_all_processes(rng_states("cuda" if torch.cuda.is_initialized() else "cpu"))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rng = state_dict["rng"]  # set when training starts: making the loaders draws from the generators
@@ -223,6 +277,12 @@ class Checkpoint(callbacks.Checkpoint):
         text = f"\n{self._signal.name}: the step is finished and a checkpoint written; Ctrl-C stops at once\n"
         os.write(2, text.encode())  # print is not safe inside a signal
 
+    def _heed_signal(self, trainer: pl.Trainer) -> None:
+        self.interrupted = self.interrupted or self._agreed_signal(trainer)
+        if self.interrupted is not None:
+            trainer.should_stop = True
+            trainer.fit_loop.epoch_loop._skip_next_val = True  # stopping would validate first
+
     def _agreed_signal(self, trainer: pl.Trainer) -> signal.Signals | None:
         """The signal that any process received."""
         if trainer.world_size == 1:
@@ -230,6 +290,35 @@ class Checkpoint(callbacks.Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return None
         return self._signal or signal.SIGTERM
+
+
+def _validate_if_due(trainer: pl.Trainer) -> None:
+    """Runs the validation that was due at the checkpoint's step and comes after it, which Lightning takes for done."""
+    loop = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    if not loop.restarted_on_train_batch_end or fetcher is None or not loop._should_check_val_fx(fetcher):
+        return
+    trainer.validating = True
+    loop.val_loop.restarting = False
+    loop.val_loop.run()
+    trainer.training = True
+
+
+def _log_step(trainer: pl.Trainer) -> None:
+    """Gives metrics.csv the step's row, which Lightning logs after the checkpoint, where a killed run would lose it."""
+    connector = trainer._logger_connector
+    metrics: dict[str, Any] = dict(connector.metrics["log"])
+    if metrics and "step" not in metrics and connector.should_update_logs:
+        metrics.setdefault("epoch", trainer.current_epoch)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _write_metrics(trainer: pl.Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, RunCSVLogger):
+            logger.flush()
 
 
 def interrupted(trainer: pl.Trainer) -> signal.Signals | None:
@@ -251,6 +340,12 @@ def find_last(run_dir: str | Path) -> Path | None:
     return None
 
 
+def is_finished(run_dir: str | Path, path: Path) -> bool:
+    """Whether a run that was not to go beyond the checkpoint at `path` did all that comes after its last step."""
+    last = Path(run_dir) / FOLDER / LAST
+    return last.is_file() and (path.samefile(last) or filecmp.cmp(path, last, shallow=False))
+
+
 def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
@@ -267,10 +362,13 @@ def _is_whole(path: Path) -> bool:
 
 def _link(path: Path, link: Path) -> None:
     """Makes `link` another name of the file, or a copy where the file system has no hard links."""
-    partial = link.with_name(link.name + ".partial")
+    partial = link.with_name(link.name + PARTIAL)
     partial.unlink(missing_ok=True)
     try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
-    os.replace(partial, link)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, link)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import netrc
 import os
 import secrets
@@ -20,8 +21,11 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 from lightning.pytorch.loggers import Logger, WandbLogger  # isort: skip
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
-from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info, write_text
+from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info
+from imagen_lightning.files import write_text
 from imagen_lightning.types import InputError
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
 _FLUSH_SHARE = 0.02  # of the time may go into writing the file
@@ -86,7 +90,7 @@ class RunCSVLogger(Logger):
                 self._columns.append(key)
         self._dirty = True
         if time.monotonic() >= self._next_flush:
-            self._flush()
+            self.flush()
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
@@ -100,13 +104,19 @@ class RunCSVLogger(Logger):
     def save(self) -> None:
         """Lightning calls this after each of its own rows; the file is written when that costs little of the time."""
         if time.monotonic() >= self._next_flush:
-            self._flush()
+            self.flush()
 
     def finalize(self, status: str) -> None:
-        self._flush()
+        try:
+            self.flush()
+        except OSError as error:
+            if status == "success":
+                raise
+            log.warning("%s was not written to its end: %s", self._path, error.strerror)  # the run's error counts
 
     @rank_zero_only
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes the file where it differs from what was logged."""
         if not self._dirty:
             return
         start = time.monotonic()

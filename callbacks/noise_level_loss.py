@@ -10,7 +10,9 @@ from torch import Tensor
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
+from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.run_folder import log_metrics
 from imagen_lightning.stages import StepRecord
 from imagen_lightning.types import InputError
@@ -33,7 +35,7 @@ class LevelMeans:
         new = torch.zeros(2, self.num_bins, device=losses.device)
         new[0].index_add_(0, bins, losses.float())
         new[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
-        self.totals = new if self.totals is None else self.totals + new
+        self.totals = new if self.totals is None else self.totals.to(new.device) + new
 
     def pop(self, trainer: pl.Trainer, device: torch.device) -> dict[str, float]:
         """The means over all processes by bin ("0.00-0.10"), without empty bins; begins anew. All processes call it."""
@@ -69,6 +71,17 @@ class NoiseLevelLoss(pl.Callback):
             (part, level): LevelMeans(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")
         }
         self._seen_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the training losses were last logged, over all processes, so that a resumed run goes on."""
+        own = {level: means.totals for (part, level), means in self._means.items() if part == "train"}
+        everyone = of_all_processes({level: t.cpu() for level, t in own.items() if t is not None})
+        return {level: sum(item[level] for item in everyone if level in item) for level in own if level in everyone[0]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for level, totals in state_dict.items():
+            if totals.shape[1] == self.num_bins and getattr(rank_zero_only, "rank", 0) == 0:
+                self._means["train", level].totals = totals
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step

@@ -1,7 +1,9 @@
 """When checkpoints are written, that they are whole, and that a run resumed from one is the uninterrupted run."""
 
+import csv
 import os
 import random
+import shutil
 import signal
 import zipfile
 
@@ -9,9 +11,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from imagen_lightning.callbacks import EMA, Checkpoint, NonFiniteWeightsError, RunCSVLogger, find_last, interrupted
+from imagen_lightning.callbacks import (
+    EMA,
+    Checkpoint,
+    NoiseLevelLoss,
+    NonFiniteWeightsError,
+    RunCSVLogger,
+    find_last,
+    interrupted,
+)
+from imagen_lightning.callbacks.checkpoint import WholeFileIO, is_finished
 from imagen_lightning.data.datamodule import ShapesDataModule
 from imagen_lightning.types import InputError
 
@@ -47,12 +59,12 @@ def test_an_older_one_goes_only_when_the_newer_is_whole(fit, tmp_path, monkeypat
     written = []
     save = torch.save
 
-    def watched(checkpoint, path):
-        written.append(names(tmp_path))
+    def watched(checkpoint, file):
+        written.append([name for name in names(tmp_path) if not name.endswith(".partial")])
         if len(written) == 3:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise OSError("disk full")
-        save(checkpoint, path)
+        save(checkpoint, file)
 
     monkeypatch.setattr(torch, "save", watched)
     with pytest.raises(OSError, match="disk full"):
@@ -100,6 +112,63 @@ def test_resume_is_the_uninterrupted_run(fit, make_base, tmp_path, validating):
     resumed = run(6, folder=tmp_path / "parts", resume=find_last(tmp_path / "parts"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert names(tmp_path / "parts") == ["last.ckpt", "step-3.ckpt", "step-6.ckpt"]
+
+
+class Snapshots(WholeFileIO):
+    """Copies the run folder after each checkpoint: what a run leaves that is killed there."""
+
+    def __init__(self, to):
+        super().__init__()
+        self.to = to
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        shutil.copytree(path.parents[1], self.to / path.stem)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_killed_right_after_a_checkpoint_loses_nothing(fit, make_base, tmp_path, accumulate):
+    def run(folder, **more):
+        callbacks = [EMA(), NoiseLevelLoss(4, 3), EarlyStopping("val/loss", patience=9), Checkpoint(every_n_steps=2)]
+        settings = {"limit_val_batches": 1.0, "val_check_interval": 2 * accumulate, "check_val_every_n_epoch": None}
+        settings |= {"logger": RunCSVLogger(str(folder)), "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+        settings |= {"accumulate_grad_batches": accumulate}
+        fit(callbacks, 6, make_base(dropout=0.5), folder=folder, **settings, **more)
+        return load(folder / "checkpoints" / "last.ckpt"), (folder / "metrics.csv").read_text()
+
+    (tmp_path / "snapshots").mkdir()
+    whole, metrics = run(tmp_path / "whole", plugins=[Snapshots(tmp_path / "snapshots")])
+    rows = list(csv.DictReader(metrics.splitlines()))
+    assert [bool(row["val/loss"]) for row in rows] == [False, True] * 3
+    assert [any(row[name] for name in row if name.startswith("train/loss_t/")) for row in rows] == [0, 0, 1] * 2
+    for step in (2, 4, 6):
+        folder = tmp_path / "snapshots" / f"step-{step}"
+        assert (folder / "metrics.csv").read_text().count("\n") == 1 + step
+        path = find_last(folder)
+        assert not (folder / "checkpoints" / "last.ckpt").exists()
+        resumed, again = run(folder, resume=path)
+        assert again == metrics
+        assert_same(resumed, whole, but=["loops"])
+        assert is_finished(folder, find_last(folder))
+    random.seed(3)  # nothing of a run's end is done twice
+    before = metrics, (tmp_path / "whole/checkpoints/last.ckpt").read_bytes()
+    run(tmp_path / "whole", resume=tmp_path / "whole/checkpoints/last.ckpt")
+    assert (tmp_path / "whole/metrics.csv").read_text() == before[0]
+    assert (tmp_path / "whole/checkpoints/last.ckpt").read_bytes() == before[1]
+
+
+def assert_same(first, second, but=(), place=""):
+    """Two checkpoints are equal to the bit."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first.keys() - set(but):
+            assert_same(first[key], second[key], but, f"{place}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), place
+        for number, (a, b) in enumerate(zip(first, second)):
+            assert_same(a, b, but, f"{place}/{number}")
+    else:
+        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, place
 
 
 def test_global_random_states_return(fit, tmp_path):

@@ -51,7 +51,7 @@ def test_a_resumed_run_loses_and_doubles_nothing(tmp_path):
     first = RunCSVLogger(str(tmp_path))
     log(first, range(10), old=1.0)
     first.save()
-    first._flush()  # as time goes by; the process is then killed
+    first.flush()  # as time goes by; the process is then killed
     resumed = RunCSVLogger(str(tmp_path))
     resumed.rewind(6)
     log(resumed, range(6, 12), new=2.0)
