@@ -6,6 +6,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from imagen_lightning.data.dataset import LoadedBatch, Sample, ShapesDataset, ShardDataset, collate
 from imagen_lightning.data.decode import decode_text_states
+from imagen_lightning.data.filters import Filter, FilterCounts
+from imagen_lightning.data.metadata import read_columns
 from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
@@ -182,9 +185,15 @@ class LaionDataModule(PositionedDataModule):
         max_skip_share: the run stops where more of its last 10,000 samples were skipped.
         window: shards whose samples are shuffled together.
         num_val: validation samples, taken evenly spaced; None takes all.
+        filter: conditions on the samples' metadata, such as `{min_side: 256, punsafe_max: 0.1, language: [en, de]}` or
+            the text "min_side=256,punsafe_max=0.1,language=en,de" (see `Filter`), for training and validation alike.
+            The metadata is that of the parquet beside a shard or of the samples' json (see `read_columns`). Samples
+            that do not meet them, or lack the field, are left out and no faults: how many each condition removed is
+            logged at setup and kept in `filter_counts`, by "train" and "val".
 
     Raises:
-        InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples.
+        InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples, or a
+            filter that leaves none.
     """
 
     def __init__(
@@ -203,6 +212,7 @@ class LaionDataModule(PositionedDataModule):
         max_skip_share: float = 0.05,
         window: int = 8,
         num_val: int | None = None,
+        filter: dict[str, Any] | str | None = None,
     ) -> None:
         super().__init__()
         if crop not in ("center", "random"):
@@ -223,6 +233,9 @@ class LaionDataModule(PositionedDataModule):
         self.max_skip_share = max_skip_share
         self.window = window
         self.num_val = num_val
+        self.filter = filter
+        self.filter_counts: dict[str, FilterCounts] = {}
+        self._filter = Filter.of(filter)
         self.train_skips = SkipLog(max_skip_share)
         self.val_skips = SkipLog(max_skip_share)
         self._training_set: ShardDataset | None = None
@@ -246,7 +259,7 @@ class LaionDataModule(PositionedDataModule):
 
     def training_set(self) -> ShardDataset:
         if self._training_set is None:
-            shards, rows, text = self._open(self.train, self.train_skips)
+            shards, rows, text = self._open("train", self.train, self.train_skips)
             self._training_set = ShardDataset(
                 shards,
                 rows,
@@ -265,7 +278,7 @@ class LaionDataModule(PositionedDataModule):
         if self.val is None:
             raise InputError("this data has no validation shards; give val=")
         if self._validation_set is None:
-            shards, rows, text = self._open(self.val, self.val_skips)
+            shards, rows, text = self._open("val", self.val, self.val_skips)
             self._validation_set = ShardDataset(
                 shards,
                 rows,
@@ -292,7 +305,7 @@ class LaionDataModule(PositionedDataModule):
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def _open(
-        self, patterns: str | Path | list[str], skips: SkipLog
+        self, split: str, patterns: str | Path | list[str], skips: SkipLog
     ) -> tuple[Shards, list[np.ndarray], tuple[str, int] | None]:
         """Indexes shards and returns them with the rows that may be used and the stored text states' encoder."""
         shards = Shards([index_shard(path) for path in expand_shards(patterns)])
@@ -309,7 +322,29 @@ class LaionDataModule(PositionedDataModule):
             faults += [Skip(str(index.path), index.keys[row], reasons[wrong[row] - 1]) for row in np.flatnonzero(wrong)]
             rows.append(np.flatnonzero(wrong == 0))
         skips.record_index(sum(len(item) for item in rows), faults)
+        if self._filter is not None:
+            rows = self._filtered(split, self._filter, shards, rows)
         return shards, rows, self._first_text(shards, rows) if has_text else None
+
+    def _filtered(self, split: str, filter_: Filter, shards: Shards, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """The rows whose metadata meets the filter."""
+        counts = self.filter_counts[split] = FilterCounts()
+        kept = []
+        for shard, (index, numbers) in enumerate(zip(shards.indexes, rows)):
+            columns = read_columns(
+                index.path,
+                index.keys,
+                partial(shards.read, shard, kind=METADATA),
+                index.path.with_name(f"{index.path.name}.metadata"),
+            )
+            mask, removed = filter_.select({name: column[numbers] for name, column in columns.items()}, len(numbers))
+            counts.add(removed)
+            kept.append(numbers[mask])
+        if self.trainer is None or self.trainer.is_global_zero:
+            log.warning("%s: filter: %s", split, counts)
+        if not counts.left:
+            raise InputError(f"filter {str(filter_)!r}: {counts}; widen it, or give shards with that metadata")
+        return kept
 
     def _first_text(self, shards: Shards, rows: list[np.ndarray]) -> tuple[str, int]:
         """The encoder's name and number of features of the first text states that can be read."""

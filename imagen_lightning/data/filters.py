@@ -150,6 +150,13 @@ class Filter:
                     raise InputError(f"filter {text!r}: {name} takes a number, not {values[0]!r}") from None
         return cls(conditions)
 
+    @classmethod
+    def of(cls, conditions: Mapping[str, Any] | str | None) -> Filter | None:
+        """The filter that a mapping or a text says; None where it sets no condition."""
+        if not conditions:
+            return None
+        return cls.parse(conditions) if isinstance(conditions, str) else cls(conditions)
+
     def __str__(self) -> str:
         return ",".join(self.conditions)
 

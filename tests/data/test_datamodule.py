@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -391,6 +392,52 @@ def test_wrong_text_states_are_skipped(tmp_path):
     assert not {int(key[-4:]) for key in module.keys} & set(wrong)
 
 
+def described(number, members):
+    fields = {"width": 10 + number, "HEIGHT": 20, "NSFW": ["UNLIKELY", "UNSURE", "?"][number % 3], "LANGUAGE": "en"}
+    return {**members, "json": json.dumps({**fields, "caption": ""}).encode()}
+
+
+@pytest.mark.parametrize("filter_", [{"min_side": 15, "punsafe_max": 0.4}, "min_side=15,punsafe_max=0.4"])
+def test_a_filter_leaves_out_samples_and_counts_them(tmp_path, filter_, caplog):
+    def spoil(number, members):
+        return {**described(number, members), "png": b"broken"} if number == 9 else described(number, members)
+
+    shards = write_shards(tmp_path, [7, 8], spoil)
+    data = LaionDataModule(shards, shards, image_size=8, batch_size=3, filter=filter_)
+    with caplog.at_level(logging.WARNING):
+        module, _ = fit(data, tmp_path, 4, limit_val_batches=1.0, val_check_interval=4)
+    left = [6, 9, 12]  # of these 9 is broken
+    assert {int(key[-4:]) for key in module.keys} == {int(k[-4:]) for keys in module.val_keys for k in keys} == {6, 12}
+    removed = {"width or height missing": 0, "min_side=15": 5, "punsafe missing": 4, "punsafe_max=0.4": 3}
+    assert data.filter_counts["train"].removed == data.filter_counts["val"].removed == removed
+    assert data.filter_counts["train"].left == len(left)
+    assert data.train_skips.counts == {Reason.UNDECODABLE.value: 1}  # what a filter removes is no fault
+    assert "train: filter: 3 of 15 samples left; removed: 5 min_side=15, 4 punsafe missing, 3 punsafe_" in caplog.text
+    data = LaionDataModule(shards, image_size=8, batch_size=3, filter={"min_side": 256})
+    with pytest.raises(InputError, match="'min_side=256': 0 of 15 samples left; removed: 15 min_side=256; widen it"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("given", "filter_"),
+    [
+        ("{min_side: 256, language: [en, de]}", {"min_side": 256, "language": ["en", "de"]}),
+        ("min_side=256,language=en,de", "min_side=256,language=en,de"),
+        ("null", None),
+    ],
+)
+def test_a_filter_is_written_in_yaml_as_in_a_command(given, filter_):
+    parser = ArgumentParser()
+    parser.add_class_arguments(LaionDataModule, "data")
+    assert parser.parse_args(["--data.train=a.tar", f"--data.filter={given}"]).data.filter == filter_
+
+
+def test_a_filter_on_samples_without_metadata_names_what_is_missing(tmp_path):
+    shards = write_shards(tmp_path, [5])
+    with pytest.raises(InputError, match="0 of 5 samples left; removed: 5 language missing"):
+        LaionDataModule(shards, filter={"language": "en"}).setup("fit")
+
+
 @pytest.mark.parametrize("name", ["dcss-tiles-32", "fluent-emoji-3d", "flower-photos-128", "coco-mini-permissive"])
 def test_real_shards_train(name, tmp_path):
     folder = SHARED / name
@@ -417,6 +464,7 @@ def test_real_shards_train(name, tmp_path):
         ({"image_size": 0}, "image_size 0"),
         ({"num_val": 0}, "num_val 0"),
         ({"max_skip_share": 5}, "max_skip_share 5 is not a share"),
+        ({"filter": {"sharp": 1}}, "filter 'sharp' is unknown"),
     ],
 )
 def test_laion_refuses(arguments, message):
