@@ -20,6 +20,7 @@ from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.filters import Filter, FilterCounts
 from imagen_lightning.data.metadata import read_columns
 from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
+from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step, shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.types import InputError
@@ -42,12 +43,15 @@ class PositionedDataModule(LightningDataModule):
     sample.
 
     Subclasses give `training_set()` and `validation_set()`, map-style datasets from position to `Sample`; the
-    validation set has a length. They keep `batch_size` (samples of one batch over all processes), `num_workers` (a
-    process) and `seed`.
+    validation set has a length. `order` says what decides which sample a position means; a checkpoint of another order
+    is refused, or met with a warning where `on_change` is "warn". They keep `batch_size` (samples of one batch over all
+    processes), `num_workers` (a process) and `seed`.
     """
 
     batch_size: int
     num_workers: int
+    seed: int
+    on_change: OnChange = "refuse"
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,10 +75,16 @@ class PositionedDataModule(LightningDataModule):
         stepped = self.trainer is not None and self.trainer.global_step > self._step
         return self._handed if stepped else self._stepped
 
+    def order(self) -> dict[str, Any]:
+        """What decides which sample a position means, as plain data by name."""
+        return {"seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "order": self.order(), "samples_per_step": self._samples_per_step()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_same_order(state_dict.get("order", {}), self.order(), self.on_change)
+        check_same_step(state_dict.get("samples_per_step"), self._samples_per_step())
         self._stepped = self._handed = int(state_dict["position"])
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -105,6 +115,9 @@ class PositionedDataModule(LightningDataModule):
         overfitting = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._stepped = self._handed = 0 if overfitting else self.position
         return self._handed
+
+    def _samples_per_step(self) -> int:
+        return self.batch_size * (1 if self.trainer is None else self.trainer.accumulate_grad_batches)
 
     def _process(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""
@@ -256,6 +269,13 @@ class LaionDataModule(PositionedDataModule):
         for name, skips in (("training", self.train_skips), ("validation", self.val_skips)):
             if skips.counts:
                 log.warning("%s: %s", name, skips.summary())
+
+    def order(self) -> dict[str, Any]:
+        dataset = self.training_set()
+        names = [index.path.stem for index in dataset.shards.indexes]
+        sizes = [len(rows) for rows in dataset.rows]
+        shards = shards_hash(zip(names, sizes))
+        return {**super().order(), "window": self.window, "samples": sum(sizes), "shards": shards}
 
     def training_set(self) -> ShardDataset:
         if self._training_set is None:

@@ -283,7 +283,7 @@ def test_accumulation_and_clipping(cli):
     assert cli("fit", "--config", "stage.yaml", "--run", "two") == 0
     assert cli("fit", "--config", "stage.yaml", "--run", "one", "--trainer.max_steps", 1) == 0
     two, one = checkpoint("two"), checkpoint("one")
-    assert two["ShapesDataModule"] == {"position": 2 * 3 * 4}
+    assert two["ShapesDataModule"]["position"] == 2 * 3 * 4
     moved = [one["current_model_state"][name] - value for name, value in two["current_model_state"].items()]
     assert torch.cat([item.flatten() for item in moved]).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -512,4 +512,4 @@ def test_two_processes_train_one_run_and_resume_it(cli):
         done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
     assert checkpoint("run")["global_step"] == 5
-    assert checkpoint("run")["ShapesDataModule"] == {"position": 20}
+    assert checkpoint("run")["ShapesDataModule"]["position"] == 20
