@@ -101,8 +101,8 @@ class Checkpoint(callbacks.Checkpoint):
     that a resumed run is the uninterrupted one, and plain data only (`torch.load(weights_only=True)`). metrics.csv is
     written first, so that it has every row of the steps behind a checkpoint.
 
-    A validation that is due at a checkpoint's step comes after it. A resumed run makes it up, which Lightning would not;
-    so does one with no step left to train, where the end of its training was cut off. last.ckpt says that nothing was.
+    A validation that is due at a checkpoint's step comes after it, and then last.ckpt at the end. A resumed run makes
+    up for what a kill cut off of that, though no step be left to train; Lightning alone would take it for done.
 
     SIGTERM, SIGINT and SIGUSR1 end training: the step is finished, its checkpoint written, `interrupted` set, and `fit`
     returns. A second SIGINT stops at once. Lightning's own handlers, which save from inside the signal, stand back.

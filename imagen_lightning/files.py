@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from imagen_lightning.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -26,6 +29,24 @@ def write_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+_MENDS = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room within the disk's quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "let this user write there",
+    errno.EPERM: "let this user write there",
+    errno.EROFS: "make that disk writable",
+}
+
+
+def unwritable(error: OSError, folder: Path) -> InputError | None:
+    """The line on a file in the folder that cannot be written, and the mend; None for any other error."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if error.errno not in _MENDS or path is None or folder.resolve() not in path.resolve().parents:
+        return None
+    return InputError(f"{path} cannot be written: {error.strerror}; {_MENDS[error.errno]}")
 
 
 def write_json(path: Path, value: Any) -> None:

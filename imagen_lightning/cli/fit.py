@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
 
@@ -41,10 +41,12 @@ from imagen_lightning.callbacks import (
     update_run_info,
     wandb_logger,
 )
+from imagen_lightning.callbacks.checkpoint import is_finished
 from imagen_lightning.cascade import load_weights, read_checkpoint
 from imagen_lightning.cli.stage_parser import Parser
+from imagen_lightning.data.datamodule import PositionedDataModule
 from imagen_lightning.errors import InputError
-from imagen_lightning.files import write_text
+from imagen_lightning.files import unwritable, write_text
 from imagen_lightning.stages import DiffusionMixin
 
 CONFIG = "config.yaml"
@@ -76,6 +78,12 @@ class StageCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="The run folder; fit needs one.")
         parser.add_argument(
             "--resume", action="store_true", help="Go on from the run folder's last checkpoint, with its config.yaml."
+        )
+        parser.add_argument(
+            "--on_change",
+            type=Literal["refuse", "warn"],
+            default="refuse",
+            help="What a resumed run does where seed, shards or window changed, so that samples repeat or are missed.",
         )
         parser.add_argument(
             "--init_from", type=str | None, default=None, help="CASCADE#stage whose weights the stage starts from."
@@ -140,8 +148,13 @@ class StageCLI(LightningCLI):
             raise
 
     def after_instantiate_classes(self) -> None:
+        if isinstance(self.datamodule, PositionedDataModule):
+            self.datamodule.on_change = self.settings.on_change
         if self.checkpoint is not None:
-            self.start_step = _check_fits(self.checkpoint, self.model)
+            content = _check_fits(self.checkpoint, self.model)
+            self.start_step = content["global_step"]
+            if self.subcommand == "fit" and self.settings.on_change == "refuse":
+                _check_seed(self.checkpoint, content, self.model)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         start = {"ckpt_path": None if self.checkpoint is None else str(self.checkpoint), "weights_only": True}
@@ -152,7 +165,7 @@ class StageCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Trains in the run folder."""
         max_steps = self.settings.trainer.max_steps
-        if 0 < max_steps <= self.start_step:
+        if 0 < max_steps <= self.start_step and not self._ends_now(max_steps):
             _tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
             return
         if self.settings.init_from and self.checkpoint is None:
@@ -164,6 +177,11 @@ class StageCLI(LightningCLI):
             self.model.optimization.check_length(self.trainer.max_steps)  # before W&B has a run of it
         with self.run_folder(Path(self.settings.run)):
             self.trainer.fit(**kwargs)
+
+    def _ends_now(self, max_steps: int) -> bool:
+        """Whether the run was stopped after its last step and before all that follows it: validation, last.ckpt."""
+        run, path = Path(self.settings.run), Path(self.checkpoint or "")
+        return self.start_step == max_steps and path == find_last(run) and not is_finished(run, path)
 
     @contextmanager
     def run_folder(self, run: Path) -> Iterator[None]:
@@ -185,17 +203,20 @@ class StageCLI(LightningCLI):
                 if self.settings.trainer.logger in (None, True):
                     self.trainer.loggers = self.loggers()
                 yield
-        except InputError as error:
+        except (InputError, OSError) as problem:
+            error = problem if isinstance(problem, InputError) else unwritable(problem, run)
+            if error is None:
+                raise
             if self.trainer.global_step not in (0, self.start_step):
                 last = find_last(run)
                 mend = f"--resume goes on from {last}" if last else "no checkpoint was written"
-                raise InputError(f"{error}; {mend}") from error
+                raise InputError(f"{error}; {mend}") from problem
             if main:
                 if before is None:
                     shutil.rmtree(run, ignore_errors=True)
-                else:
+                elif config.read_text(encoding="utf-8") != before:
                     write_text(config, before)
-            raise
+            raise error from problem
 
     def loggers(self) -> list[Logger]:
         run, project = self.settings.run, self.settings.wandb_project
@@ -209,7 +230,9 @@ class StageCLI(LightningCLI):
 
     def dump(self) -> str:
         """The resolved configuration as YAML."""
-        return self._parser(self.subcommand).dump(self.settings, skip_none=False)
+        settings = self.settings.clone()
+        settings.on_change = "refuse"  # was said for one start
+        return self._parser(self.subcommand).dump(settings, skip_none=False)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
@@ -238,8 +261,8 @@ def _make_folder(run: Path) -> None:
         raise InputError(f"run folder {str(run)!r} cannot be made: {error.strerror}; choose another --run") from error
 
 
-def _check_fits(path: Path | str, stage: torch.nn.Module) -> int:
-    """Raises InputError where a checkpoint is not one of the stage; returns its optimizer steps."""
+def _check_fits(path: Path | str, stage: torch.nn.Module) -> dict[str, Any]:
+    """A checkpoint's content; raises InputError where it is not one of the stage."""
     checkpoint = read_checkpoint(path)
     weights, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
     if not isinstance(weights, dict) or not isinstance(step, int):
@@ -252,7 +275,17 @@ def _check_fits(path: Path | str, stage: torch.nn.Module) -> int:
                 f"checkpoint {str(path)!r} belongs to another architecture: weight {name!r} is {there} there and "
                 f"{shapes.get(name, 'absent')} in the configured stage; use the config.yaml of its run"
             )
-    return step
+    return checkpoint
+
+
+def _check_seed(path: Path | str, checkpoint: dict[str, Any], stage: torch.nn.Module) -> None:
+    """Raises InputError where a resumed stage would draw other noise than it did."""
+    saved, seed = (checkpoint.get("hyper_parameters") or {}).get("seed"), getattr(stage, "seed", None)
+    if saved is not None and saved != seed:
+        raise InputError(
+            f"checkpoint {str(path)!r} was trained with the stage's seed {saved}, which is now {seed}: other noise; "
+            "restore model.init_args.seed, or accept that with --on_change warn"
+        )
 
 
 def _refuse_second_class(config: Any) -> None:
@@ -346,7 +379,7 @@ def _refuse_used(run: Path, resume: bool) -> None:
         if not resume:
             raise InputError(f"{run} holds a run already; add --resume to go on with it, or choose another --run")
         _tell(f"going on with {run}, configured by {run / CONFIG}")
-    elif run.is_file() or (run.exists() and any(run.iterdir())):
+    elif run.is_file() or (run.exists() and any(path.name != f"{CONFIG}.partial" for path in run.iterdir())):
         raise InputError(f"{run} is not empty and holds no run; choose another --run")
 
 

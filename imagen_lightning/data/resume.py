@@ -53,4 +53,6 @@ def check_same_order(saved: Mapping[str, Any], now: Mapping[str, Any], on_change
 def check_same_step(saved: int | None, now: int) -> None:
     """Warns where an optimizer step takes another number of samples: each still comes in its turn."""
     if saved not in (None, now):
-        log.warning("an optimizer step took %d samples and takes %d now: not the run that it would have been", saved, now)
+        log.warning(
+            "an optimizer step took %d samples and takes %d now: not the run that it would have been", saved, now
+        )

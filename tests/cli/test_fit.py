@@ -222,6 +222,48 @@ def test_a_resume_that_is_refused_changes_nothing(trained, cli, capsys, tmp_path
     assert {path: text for path, text in contents("run").items() if "wandb" not in path.parts} == before
 
 
+def test_another_order_is_refused_unless_accepted(trained, cli, capsys, tmp_path, caplog):
+    def resume(*more):
+        return cli("fit", "--run", "run", "--resume", "--trainer.max_steps", 4, *more)
+
+    shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
+    before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
+    for more, words in (
+        (["--data.init_args.seed", 5], ["data seed 0", "now has data seed 5", "restore"]),
+        (["--model.init_args.seed", 5], ["stage's seed 0", "is now 5", "restore model.init_args.seed"]),
+    ):
+        assert resume(*more) == 2
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if "imagen-lightning: error:" in text]
+        assert all(word in line for word in [*words, "--on_change warn"])
+        assert {path: text for path, text in contents("run").items() if "wandb" not in path.parts} == before
+    assert resume("--data.init_args.seed", 5, "--on_change", "warn", "--data.init_args.batch_size", 8) == 0
+    assert "data seed 0; the data now has data seed 5" in caplog.text
+    assert "took 4 samples and takes 8 now" in caplog.text
+    assert checkpoint("run")["ShapesDataModule"] == {"position": 20, "order": {"seed": 5}, "samples_per_step": 8}
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["on_change"], config["data"]["init_args"]["seed"]) == ("refuse", 5)
+
+
+def test_a_run_killed_before_its_end_is_ended(trained, cli, capsys, tmp_path):
+    shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
+    lines = Path("run/metrics.csv").read_text()
+    Path("run/checkpoints/last.ckpt").unlink()
+    Path("run/metrics.csv").write_text("\n".join(lines.splitlines()[:3]) + "\n")
+    assert cli("fit", "--run", "run", "--resume") == 0
+    assert rows("run")[2]["val/loss"] == rows(trained / "three")[2]["val/loss"]
+    assert_equal_checkpoints("run", trained / "three")
+    capsys.readouterr()
+    assert cli("fit", "--run", "run", "--resume") == 0
+    assert "has trainer.max_steps 3 behind it" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_its_configuration_was_written_begins_anew(cli):
+    Path("run").mkdir()
+    Path("run/config.yaml.partial").write_text("model:")
+    assert cli("fit", "--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", 1) == 0
+    assert not list(Path("run").glob("*.partial"))
+
+
 def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeypatch):
     monkeypatch.setattr(fit.rank_zero_only, "rank", 1)
     run = trained / "three"
