@@ -1,0 +1,112 @@
+"""Prompt sets in the formats that they are published in, each prompt with its category.
+
+PartiPrompts is a TSV of Prompt, Category, Challenge and Note (Yu et al. 2022, arXiv 2206.10789), DrawBench a CSV of
+Prompts and Category (Saharia et al. 2022, arXiv 2205.11487), GenEval's metadata JSON Lines with prompt and tag (Ghosh
+et al. 2023, arXiv 2310.11513). Any other file is one caption a line, without categories.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagen_lightning.errors import InputError
+
+_PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+_CATEGORY_COLUMNS = ("category", "tag")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Captions and their categories.
+
+    Attributes:
+        name: the file's name.
+        captions: N strings.
+        categories: N strings, "" where there are none.
+    """
+
+    name: str
+    captions: list[str]
+    categories: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def rows(self) -> dict[str, list[int]]:
+        """The numbers of each category's captions, in the file's order; empty where there are no categories."""
+        found: dict[str, list[int]] = {}
+        for number, category in enumerate(self.categories):
+            if category:
+                found.setdefault(category, []).append(number)
+        return found
+
+    def first(self, num: int | None) -> PromptSet:
+        """`num` prompts evenly spaced, so that all categories stay; all of them for None or where there are fewer."""
+        if num is None or num >= len(self):
+            return self
+        kept = [number * len(self) // num for number in range(num)]
+        return PromptSet(self.name, [self.captions[k] for k in kept], [self.categories[k] for k in kept])
+
+
+def read_prompts(path: str | Path) -> PromptSet:
+    """Reads a prompt set; the suffix tells the format (.tsv, .csv, .jsonl, else one caption a line).
+
+    Raises:
+        InputError: no such file, not UTF-8, no prompt column, a damaged line, or no prompt at all.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
+    kind = path.suffix.lower()
+    if kind in (".tsv", ".csv"):
+        pairs = _table(text, "\t" if kind == ".tsv" else ",", path)
+    elif kind == ".jsonl":
+        pairs = _json_lines(text, path)
+    else:
+        pairs = [(line, "") for line in text.splitlines()]
+    pairs = [(" ".join(prompt.split()), category.strip()) for prompt, category in pairs if prompt.strip()]
+    if not pairs:
+        raise InputError(f"--prompts {str(path)!r} holds no prompt")
+    return PromptSet(path.name, [prompt for prompt, _ in pairs], [category for _, category in pairs])
+
+
+def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, str]]:
+    # Published TSVs quote nothing: a quotation mark there belongs to the prompt.
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    names = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
+    prompt = next((names[name] for name in _PROMPT_COLUMNS if name in names), None)
+    category = next((names[name] for name in _CATEGORY_COLUMNS if name in names), None)
+    if prompt is None:
+        raise InputError(
+            f"--prompts {str(path)!r} has no column {' or '.join(_PROMPT_COLUMNS)}; its columns are "
+            f"{', '.join(map(repr, reader.fieldnames or []))}"
+        )
+    try:
+        return [(row[prompt] or "", (row[category] or "") if category else "") for row in reader]
+    except csv.Error as error:
+        raise InputError(f"--prompts {str(path)!r} is damaged near line {reader.line_num}: {error}") from None
+
+
+def _json_lines(text: str, path: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            prompt, category = record["prompt"], record.get("tag", record.get("category", ""))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(f"--prompts {str(path)!r}: line {number} is no JSON object with a prompt") from None
+        if not isinstance(prompt, str) or not isinstance(category, str):
+            raise InputError(f"--prompts {str(path)!r}: line {number} has a prompt or tag that is no text")
+        pairs.append((prompt, category))
+    return pairs
