@@ -148,8 +148,6 @@ class StageCLI(LightningCLI):
             raise
 
     def after_instantiate_classes(self) -> None:
-        if isinstance(self.datamodule, PositionedDataModule):
-            self.datamodule.on_change = self.settings.on_change
         if self.checkpoint is not None:
             content = _check_fits(self.checkpoint, self.model)
             self.start_step = content["global_step"]
@@ -168,6 +166,8 @@ class StageCLI(LightningCLI):
         if 0 < max_steps <= self.start_step and not self._ends_now(max_steps):
             _tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
             return
+        if isinstance(self.datamodule, PositionedDataModule):
+            self.datamodule.on_change = self.settings.on_change
         if self.settings.init_from and self.checkpoint is None:
             load_weights(self.model, self.settings.init_from)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
