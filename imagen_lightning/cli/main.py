@@ -18,6 +18,7 @@ VERBS = {
     "predict": ("fit", "run a stage's prediction loop, if it has one"),
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
     "sample": ("sample", "captions to pictures with a cascade folder"),
+    "report": ("report", "one page of runs and evaluations: table, curves, samples side by side"),
     "shards": ("shards", "make webdataset shards of captioned images"),
 }
 

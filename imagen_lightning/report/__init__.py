@@ -1,0 +1,1 @@
+"""Run folders and evaluations as one self-contained HTML page; `page` makes pages of other things too."""

@@ -1,0 +1,142 @@
+"""The part of a report on evaluations: their rows, Pareto plots of sweeps, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from imagen_lightning.errors import InputError, counted
+from imagen_lightning.evaluation.schema import Row
+from imagen_lightning.metrics.protocol import MADE, Value
+from imagen_lightning.report import figures
+from imagen_lightning.report.comparable import value_columns
+from imagen_lightning.report.markup import element, join, number
+from imagen_lightning.report.page import Cell, Column, Page, Section, details, encode, image, table
+from imagen_lightning.report.runs import Problems
+from imagen_lightning.report.sample_sets import open_picture
+from imagen_lightning.report.sources import FoundEvaluation
+from imagen_lightning.report.values import protocol_list, value_cell, value_hint, value_title
+
+MOST_PICTURES = 24
+PICTURE_SIDE = 1200  # px
+_OF_ALL_STAGES = {"real": "real low-res", "generated": "generated low-res", "chain": "whole cascade"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of an evaluation with its values read."""
+
+    source: FoundEvaluation
+    row: Row
+    values: tuple[Value, ...]
+
+
+def add(page: Page, found: Sequence[FoundEvaluation], problems: Problems) -> None:
+    """Adds the sections on evaluations where there are any."""
+    lines = [_line(source, row, problems) for source in found for row in source.evaluation.rows]
+    if not lines:
+        return
+    section = page.section("Evaluation", "evaluation")
+    _table(section, lines, several=len(found) > 1)
+    _pictures(section, lines, problems)
+    _pareto(page, lines)
+
+
+def _line(source: FoundEvaluation, row: Row, problems: Problems) -> Line:
+    values = (_value(content, source, row, problems) for content in row.values)
+    return Line(source, row, tuple(value for value in values if value is not None))
+
+
+def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, problems: Problems) -> Value | None:
+    try:
+        return Value.from_json(dict(content))
+    except InputError as error:
+        problems.add(source.folder, f"a value of {row.stage} is left out: {error}")
+        return None
+
+
+def _table(section: Section, lines: Sequence[Line], several: bool) -> None:
+    names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
+    # What the table shows beside the values it compares; how pictures are measured it never does.
+    compared = [name for name in MADE if name in names]
+    columns = value_columns([line.values for line in lines], compared)
+    head = [
+        *([Column("Evaluation")] if several else []),
+        Column("Stage"),
+        Column("Given", "What a super-resolution stage enlarged"),
+        *(Column(name.replace("_", " ").capitalize()) for name in names),
+        *(Column(value_title(column), value_hint(column), numeric=True) for column in columns),
+        Column("s/image", "Seconds of sampling", numeric=True),
+        Column("Memory", "Peak of sampling", numeric=True),
+    ]
+    rows = []
+    for place, line in enumerate(lines):
+        memory, seconds = line.row.peak_memory_bytes, line.row.seconds_per_image
+        rows.append(
+            [
+                *([line.source.name] if several else []),
+                line.row.stage,
+                Cell(_OF_ALL_STAGES.get(line.row.input or "", "–"), line.row.input),
+                *(_setting(line.row.settings.get(name)) for name in names),
+                *(value_cell(column, place) for column in columns),
+                Cell(number(seconds, 3), seconds),
+                Cell("–" if memory is None else f"{memory / 2**20:,.0f} MiB", memory),
+            ]
+        )
+    section.add(table(head, rows, caption=f"{counted(len(rows), 'row')} of evaluations; a title sorts"))
+    section.add(protocol_list(columns, compared))
+
+
+def _setting(value: Any) -> Cell:
+    """Sorted as a number where it is one."""
+    return Cell(figures.setting(value), value if isinstance(value, float | int | str) else None)
+
+
+def _pictures(section: Section, lines: Sequence[Line], problems: Problems) -> None:
+    shown = []
+    wanted = [line for line in lines if line.row.samples]
+    for line in wanted[:MOST_PICTURES]:
+        picture = open_picture(Path(line.source.folder, str(line.row.samples)), problems.add)
+        if picture is None:
+            continue
+        title = join(line.source.name, line.row.stage, _OF_ALL_STAGES.get(line.row.input or ""), between=", ")
+        shown.append(details(title, image(encode(picture, PICTURE_SIDE), f"Samples of {title}")))
+    if shown:
+        more = len(wanted) - MOST_PICTURES
+        note = element("p", f"Pictures of {more} more rows are not on this page.", class_="hint") if more > 0 else ""
+        section.add(element("h3", "Pictures"), *shown, *([note] if note else []))
+
+
+def _pareto(page: Page, lines: Sequence[Line]) -> None:
+    """Plots of two metrics against each other, for what was measured alike."""
+    sweeps: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line.source.evaluation.kind == "sweep":
+            sweeps.setdefault((line.source.name, line.row.stage), []).append(line)
+    styles = figures.styles([f"{name}: {stage}" for name, stage in sweeps])
+    plots: dict[tuple[str, str, str, str], list[tuple[figures.Style, list[figures.Point]]]] = {}
+    for style, ((_, _), own) in zip(styles, sweeps.items()):
+        varied = figures.settings_that_vary([line.row.settings for line in own])
+        compared = [name for name in MADE if name in varied]
+        pairs: dict[tuple[str, str, str, str], list[figures.Point]] = {}
+        for line in own:
+            aligned = [value for value in line.values if figures.is_alignment(value.metric)]
+            faithful = [value for value in line.values if figures.is_fidelity(value.metric)]
+            for x, y in product(aligned, faithful):
+                key = x.metric, y.metric, x.protocol.key(compared), y.protocol.key(compared)
+                label = figures.label(line.row.settings, varied)
+                pairs.setdefault(key, []).append(figures.Point(x, y, label))
+        for key, points in pairs.items():
+            plots.setdefault(key, []).append((style, points))
+    if not plots:
+        return
+    section = page.section("Pareto", "pareto")
+    section.add(
+        element("p", "Each point is an operating point; the line joins those that no other beats.", class_="hint")
+    )
+    for (x, y, *_), found in plots.items():
+        names = ", ".join(dict.fromkeys(style.name for style, _ in found))
+        section.figure(figures.pareto(found), f"{y} against {x}", names, height=460)

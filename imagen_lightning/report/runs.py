@@ -1,0 +1,159 @@
+"""Run folders as a page reads them: CSV, JSON and YAML as plain data; what is broken is noted and left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+
+from imagen_lightning.errors import counted
+from imagen_lightning.report.differences import flatten
+from imagen_lightning.report.sample_sets import SampleSet, read_steps
+
+CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_T = TypeVar("_T")
+
+
+class Problems:
+    """What could not be used, in words that name the file."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, path: Path, text: str) -> None:
+        line = f"{path}: {text}"
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over training: (N,) increasing steps and their float64 values, N at least 1."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass
+class Run:
+    """One stage's training.
+
+    Attributes:
+        folder: the run folder.
+        name: for people; unique on a page.
+        config: config.yaml, {} where it is missing.
+        info: run.json, {} where it is missing.
+        curves: by metric, as metrics.csv names it.
+        samples: by rising step.
+        num_skipped: training samples that could not be used, None where none was listed.
+    """
+
+    folder: Path
+    name: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    samples: list[SampleSet] = field(default_factory=list)
+    num_skipped: int | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The last step that was logged."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values()), default=None)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.config or self.info or self.curves or self.samples)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder looks like a run's."""
+    return any((folder / name).is_file() for name in (METRICS, CONFIG, INFO))
+
+
+def read_run(folder: Path, problems: Problems) -> Run:
+    """Reads what is whole in a run folder and notes the rest."""
+    config = _read(folder / CONFIG, _configuration, problems)
+    info = _read(folder / INFO, _mapping_of(json.loads), problems)
+    if not (folder / METRICS).exists():
+        problems.add(folder, f"no {METRICS}: nothing was logged yet")
+    return Run(
+        folder,
+        config=config or {},
+        info=info or {},
+        curves=_read(folder / METRICS, lambda text: _curves(text, folder / METRICS, problems), problems) or {},
+        samples=read_steps(folder / "samples", problems.add),
+        num_skipped=_read(folder / SKIPPED, lambda text: text.count("\n") or None, problems),
+    )
+
+
+def _read(path: Path, parse: Callable[[str], _T], problems: Problems) -> _T | None:
+    """A file's content, None where there is no file or where it is broken, which is noted."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.add(path, f"cannot be read: {error.strerror}")
+    except (ValueError, yaml.YAMLError, RecursionError):
+        problems.add(path, "is broken or half-written, and left out")
+    return None
+
+
+def _mapping_of(parse: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
+    def parse_mapping(text: str) -> dict[str, Any]:
+        content = parse(text)
+        if not isinstance(content, Mapping):
+            raise ValueError("no mapping")
+        return dict(content)
+
+    return parse_mapping
+
+
+def _configuration(text: str) -> dict[str, Any]:
+    config = _mapping_of(lambda content: yaml.load(content, _Loader))(text)
+    flatten(config)  # refuses one that YAML's aliases make endless
+    return config
+
+
+def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:
+    """The columns of a table of steps; rows and cells that are no numbers are counted and left out."""
+    lines = csv.reader(text.splitlines())
+    header = next(lines, [])
+    if "step" not in header:
+        raise ValueError("no column of steps")
+    place, bad = header.index("step"), 0
+    rows: dict[int, list[str]] = {}
+    for cells in lines:
+        if len(cells) == len(header) and cells[place].isdecimal():
+            rows[int(cells[place])] = cells
+        else:
+            bad += 1
+    steps: dict[str, list[int]] = {name: [] for name in header if name != "step"}
+    values: dict[str, list[float]] = {name: [] for name in steps}
+    for step in sorted(rows):
+        for name, cell in zip(header, rows[step]):
+            if not cell or name == "step":
+                continue
+            try:
+                values[name].append(float(cell))
+            except ValueError:
+                bad += 1
+                continue
+            steps[name].append(step)
+    if bad:
+        problems.add(
+            path, f"{counted(bad, 'row or cell')} could not be read and {'is' if bad == 1 else 'are'} left out"
+        )
+    return {name: Curve(np.array(steps[name]), np.array(values[name])) for name in steps if steps[name]}
