@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
@@ -15,14 +15,11 @@ import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.loggers import WandbLogger  # isort: skip
 
 from imagen_lightning.callbacks.checkpoint import interrupted
-from imagen_lightning.callbacks.ema import averaged_weights
-from imagen_lightning.callbacks.rng import untouched_rng
+from imagen_lightning.callbacks.drawing import DrawingSettings, Pictures, draw, pictures, validation_pictures
 from imagen_lightning.callbacks.run_folder import run_dir
-from imagen_lightning.callbacks.throughput import uncounted
 from imagen_lightning.components import describe
-from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.files import write_json
-from imagen_lightning.images import downsample, grid, save_png, to_float, to_pil, to_uint8
+from imagen_lightning.images import grid, save_png, to_pil
 from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
 from imagen_lightning.types import InputError
 
@@ -76,21 +73,16 @@ class SampleGrid(pl.Callback):
         self.num_steps = num_steps
         self.guidance = guidance
         self.batch_size = batch_size
-        self._captions: list[str] = []
-        self._truth: Tensor | None = None  # (N, 3, H, W) uint8, super-resolution only
+        self._settings = DrawingSettings(seed, num_steps, guidance, batch_size)
+        self._given: Pictures | None = None  # in the first process
         self._seen_step = self._drawn_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = self._drawn_step = trainer.global_step
         if not isinstance(pl_module, DiffusionMixin):
             raise InputError(f"SampleGrid draws from stages of a cascade; {type(pl_module).__name__} is none")
-        self._captions = list(self.prompts)
-        if isinstance(pl_module, SuperResolutionStage):
-            if trainer.is_global_zero:
-                with untouched_rng():
-                    self._take_validation_images(trainer)
-        elif not self._captions:
-            raise InputError("SampleGrid has no prompts to draw; give it some")
+        if trainer.is_global_zero:
+            self._given = self._pictures(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,73 +95,38 @@ class SampleGrid(pl.Callback):
         if self.at_end and trainer.global_step > self._drawn_step and interrupted(trainer) is None:
             self._draw(trainer, pl_module)
 
-    def _take_validation_images(self, trainer: pl.Trainer) -> None:
+    def _pictures(self, trainer: pl.Trainer, stage: DiffusionMixin) -> Pictures:
+        if not isinstance(stage, SuperResolutionStage):
+            if not self.prompts:
+                raise InputError("SampleGrid has no prompts to draw; give it some")
+            return pictures(self.prompts, None, stage)
         wanted = len(self.prompts) or self.num_images
-        images: list[Tensor] = []
-        captions: list[str] = []
-        source = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in source.val_dataloader() if source is not None else ():
-            images.extend(batch.images.cpu())
-            captions.extend(batch.captions)
-            if len(images) >= wanted:
-                break
-        if not images:
-            raise InputError("SampleGrid found no validation images to enlarge; give the data a validation set")
-        if len(self.prompts) > len(images):
+        found = validation_pictures(trainer, stage, wanted, "SampleGrid")
+        if len(self.prompts) > len(found.captions):
             raise InputError(
-                f"SampleGrid has {len(self.prompts)} prompts for {len(images)} validation images, one to enlarge for "
-                "each; give fewer prompts or more validation images"
+                f"SampleGrid has {len(self.prompts)} prompts for {len(found.captions)} validation images, one to "
+                "enlarge for each; give fewer prompts or more validation images"
             )
-        self._truth = torch.stack(images[:wanted])
-        self._captions = list(self.prompts) or captions[:wanted]
+        return replace(found, captions=list(self.prompts)) if self.prompts else found
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drawn_step = trainer.global_step
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self._given is None:
             return
-        assert isinstance(pl_module, DiffusionMixin)
-        device = pl_module.device
-        forward = trainer.precision_plugin.forward_context()
-        with uncounted(trainer), untouched_rng(device):
-            with averaged_weights(trainer, pl_module) as averaged, forward:
-                images = to_uint8(self._sample(pl_module)).cpu()
-            self._write(trainer, pl_module, images, averaged)
+        rows = range(len(self._given.captions))
+        images, averaged = draw(trainer, pl_module, self._given, self._settings, rows)
+        self._write(trainer, pl_module, self._given, images, averaged)
 
-    def _sample(self, stage: DiffusionMixin) -> Tensor:
-        low_res = self._low_res(stage)
-        number = 0 if low_res is None else 1
-        parts = []
-        for start in range(0, len(self._captions), self.batch_size):
-            captions = self._captions[start : start + self.batch_size]
-            parts.append(
-                stage.sample(
-                    captions,
-                    [seeded_generator(self.seed, start + i, stage=number) for i in range(len(captions))],
-                    num_steps=self.num_steps,
-                    guidance=self.guidance,
-                    low_res=None if low_res is None else low_res[start : start + self.batch_size],
-                )
-            )
-        return torch.cat(parts)
-
-    def _low_res(self, stage: DiffusionMixin) -> Tensor | None:
-        """(N, 3, low_res_size, low_res_size) in [-1, 1], or None for a base stage."""
-        if not isinstance(stage, SuperResolutionStage):
-            return None
-        assert self._truth is not None
-        return downsample(to_float(self._truth), stage.low_res_size)
-
-    def _write(self, trainer: pl.Trainer, stage: Any, images: Tensor, averaged: bool) -> None:
+    def _write(self, trainer: pl.Trainer, stage: Any, given: Pictures, images: Tensor, averaged: bool) -> None:
         folder = run_dir(trainer) / FOLDER / f"{trainer.global_step:07d}"
-        low_res = self._low_res(stage)
         cell = max(stage.image_size, 96)
-        if low_res is None or self._truth is None:
+        if given.low_res is None or given.truth is None:
             columns = math.ceil(math.sqrt(len(images)))
             rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
-            picture = grid(rows, self._captions, cell=cell)
+            picture = grid(rows, given.captions, cell=cell)
         else:
-            rows = [list(to_uint8(low_res)), list(images), list(self._truth)]
-            picture = grid(rows, [""] * (2 * len(images)) + self._captions, cell=cell)
+            rows = [list(given.low_res), list(images), list(given.truth)]
+            picture = grid(rows, [""] * (2 * len(images)) + given.captions, cell=cell)
         files = [f"{i:05d}.png" for i in range(len(images))]
         for name, image in zip(files, images):
             save_png(to_pil(image), folder / name)
@@ -179,16 +136,16 @@ class SampleGrid(pl.Callback):
             "step": trainer.global_step,
             "weights": "ema" if averaged else "trained",
             "seed": self.seed,
-            "stage": 0 if low_res is None else 1,
+            "stage": 0 if given.low_res is None else 1,
             "sampler": describe(settings.sampler),
             "spacing": describe(settings.spacing),
             "thresholding": describe(settings.thresholding),
             "num_steps": self.num_steps or settings.num_steps,
             "guidance": settings.guidance if self.guidance is None else self.guidance,
-            "aug_level": None if low_res is None else stage.aug_level,
+            "aug_level": None if given.low_res is None else stage.aug_level,
             "images": [
                 {"file": name, "caption": caption, "image": i}
-                for i, (name, caption) in enumerate(zip(files, self._captions))
+                for i, (name, caption) in enumerate(zip(files, given.captions))
             ],
         }
         write_json(folder / "samples.json", details)  # last: the folder is complete where it stands
