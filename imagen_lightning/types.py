@@ -68,6 +68,7 @@ class Batch(_Movable):
         keys: B strings that name the samples in their source.
         positions: (B,) int64, each sample's number in the run's consumed order; randomness in training derives from it.
         text: the captions' stored states, or None where the stage encodes them.
+        empty: the empty caption's stored states, one text; None where `text` is, or where they were not stored.
     """
 
     images: Tensor
@@ -75,6 +76,7 @@ class Batch(_Movable):
     keys: list[str]
     positions: Tensor
     text: Text | None = None
+    empty: Text | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -186,3 +188,15 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Text: ...
+
+    def identity(self) -> dict[str, str]:
+        """What tells this encoder's states from another's, where they are stored; loads no weights.
+
+        "" under a name is what cannot be told here, such as the digest of weights that are not at hand.
+        """
+        return {"encoder": self.name, "max_tokens": str(self.max_tokens)}
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """The number of states that each caption has, without padding."""
+        text = self(captions)
+        return [text.states.shape[1]] * len(text) if text.mask is None else text.mask.sum(dim=1).tolist()

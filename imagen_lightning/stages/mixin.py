@@ -136,7 +136,8 @@ class DiffusionMixin:
         text = batch.text if batch.text is not None else self.text.encoder(batch.captions, batch.images.device)
         if training and self.text.drop > 0:
             dropped = uniform(seed, Stream.TEXT_DROP, batch.positions) < self.text.drop
-            text = replace_texts(text, self.null(text.states.device), dropped)
+            stored = batch.empty if self.text.null_text == "empty_caption" else None
+            text = replace_texts(text, self.null(text.states.device) if stored is None else stored, dropped)
         return self.text_network(text) if self.text_network is not None else text
 
     def null(self, device: torch.device) -> Text:

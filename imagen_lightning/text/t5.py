@@ -13,6 +13,7 @@ import torch
 
 from imagen_lightning.text.cleaning import clean_caption
 from imagen_lightning.text.common import CutCounter, masked_mean, padded_length
+from imagen_lightning.text.identity import PROBES, digest_tokens, digest_weights
 from imagen_lightning.types import InputError, Text, TextEncoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,12 +126,35 @@ class T5TextEncoder(TextEncoder):
         kept = None if attended else mask
         return Text(states, kept, masked_mean(states, kept))
 
+    def identity(self) -> dict[str, str]:
+        """Beside name and length: cleaning, padding, precision, and digests of the tokenizer at work and the weights.
+
+        The weights' is "" where their files are not at hand; they are never loaded for it.
+        """
+        probes = self._tokenizer(self._readable(PROBES), verbose=False)["input_ids"]
+        folder = self._folder or _cached_folder(self.name_or_path, self.revision)
+        try:
+            weights = digest_weights(folder) if folder is not None else ""
+        except OSError as error:
+            raise InputError(f"weights of text encoder {self.name_or_path!r} cannot be read: {error}") from None
+        return {
+            **super().identity(),
+            "cleaning": "clean_caption" if self.clean_captions else "none",
+            "padding": self.padding,
+            "tokenizer": digest_tokens(probes),
+            "weights": weights,
+            "precision": self.dtype,
+        }
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        if self.padding == "attended" or not captions:
+            return [self.max_tokens] * len(captions)
+        rows = self._tokenizer(self._readable(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [len(row) for row in rows]
+
     def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Token numbers of each caption, at most max_tokens, the end mark last."""
-        # A lone surrogate, which a broken decoder leaves in a str, would end the tokenizer.
-        texts = [caption.encode("utf-8", errors="replace").decode("utf-8") for caption in captions]
-        if self.clean_captions:
-            texts = [clean_caption(text) for text in texts]
+        texts = self._readable(captions)
         if not texts:
             return []
         rows = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
@@ -139,6 +163,12 @@ class T5TextEncoder(TextEncoder):
         num_cut = sum(len(row) > self.max_tokens for row in whole)
         self._cut.add(num_cut, len(texts), limit=f"{self.max_tokens} tokens; a larger max_tokens reads more")
         return rows
+
+    def _readable(self, captions: Sequence[str]) -> list[str]:
+        """The captions as the tokenizer gets them."""
+        # A lone surrogate, which a broken decoder leaves in a str, would end the tokenizer.
+        texts = [caption.encode("utf-8", errors="replace").decode("utf-8") for caption in captions]
+        return [clean_caption(text) for text in texts] if self.clean_captions else texts
 
     def _on(self, device: torch.device | str) -> Any:
         device = torch.device(device)
@@ -211,6 +241,14 @@ class T5TextEncoder(TextEncoder):
                     f"name and the network, or give a local folder as name_or_path ({reason})"
                 )
             raise InputError(message) from error
+
+
+def _cached_folder(source: str, revision: str | None) -> Path | None:
+    """Where Hugging Face's cache holds a hub model's files, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _reach_hub(source: str, revision: str | None) -> None:

@@ -87,6 +87,9 @@ class TinyTextEncoder(TextEncoder):
         moved, on_device = torch.from_numpy(states).to(device), torch.from_numpy(mask).to(device)
         return Text(moved, on_device, masked_mean(moved, on_device))
 
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        return [min(max(len(_words(caption)), 1), self.max_tokens) for caption in captions]
+
 
 def _words(caption: str) -> list[str]:
     folded = unicodedata.normalize("NFC", caption).casefold()
