@@ -8,6 +8,7 @@ from imagen_lightning.callbacks.noise_level_loss import NoiseLevelLoss
 from imagen_lightning.callbacks.progress import StepProgress
 from imagen_lightning.callbacks.run_folder import read_run_info, run_dir, update_run_info
 from imagen_lightning.callbacks.sample_grid import SampleGrid
+from imagen_lightning.callbacks.skipped_samples import SkippedSamples
 from imagen_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "RunCSVLogger",
     "SampleGrid",
+    "SkippedSamples",
     "StepProgress",
     "Throughput",
     "averaged_weights",

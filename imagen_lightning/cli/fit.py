@@ -34,6 +34,7 @@ from imagen_lightning.callbacks import (
     FiniteLoss,
     NoiseLevelLoss,
     RunCSVLogger,
+    SkippedSamples,
     StepProgress,
     Throughput,
     find_last,
@@ -95,6 +96,7 @@ class StageCLI(LightningCLI):
         parser.add_lightning_class_args(NoiseLevelLoss, "noise_level_loss")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(FiniteLoss, "finite_loss")
+        parser.add_lightning_class_args(SkippedSamples, "skipped_samples")
 
     @property
     def settings(self) -> Any:
@@ -321,7 +323,8 @@ def find_config(name: str) -> Path:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML's keys; raises InputError where it has none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -357,7 +360,7 @@ def prepare(verb: str, arguments: Sequence[str]) -> list[str]:
     """
     names, rest = _take(arguments, "--config", "-c")
     configs = [find_config(name) for name in names]
-    contents = [_read_config(path) for path in configs]
+    contents = [read_config(path) for path in configs]
     writes = not any(item.split("=")[0].endswith(("-h", "help", "--print_config")) for item in rest)
     if verb == "fit" and writes:
         resume = "--resume" in rest

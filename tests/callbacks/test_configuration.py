@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import Logger
 from imagen_lightning import callbacks
 from imagen_lightning.components import describe_args
 
-NAMES = ["EMA", "Checkpoint", "FiniteLoss", "NoiseLevelLoss", "SampleGrid", "Throughput"]
+NAMES = ["EMA", "Checkpoint", "FiniteLoss", "NoiseLevelLoss", "SampleGrid", "SkippedSamples", "Throughput"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, "RunCSVLogger"])
