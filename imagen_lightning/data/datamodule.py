@@ -23,6 +23,7 @@ from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step, shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
+from imagen_lightning.data.text_states import TextStates, check_stage, open_text_states
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -203,10 +204,13 @@ class LaionDataModule(PositionedDataModule):
             The metadata is that of the parquet beside a shard or of the samples' json (see `read_columns`). Samples
             that do not meet them, or lack the field, are left out and no faults: how many each condition removed is
             logged at setup and kept in `filter_counts`, by "train" and "val".
+        text_states: a folder of text states that `imagen-lightning shards embed` stored, or a glob of such files, for
+            training and validation shards alike. They reach `Batch.text` in place of the shards' own (`text.npz`); the
+            stage's encoder must be the one that made them, and its weights are not loaded.
 
     Raises:
-        InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples, or a
-            filter that leaves none.
+        InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples, a
+            filter that leaves none, or text states that are missing or of another encoder than the stage's.
     """
 
     def __init__(
@@ -226,6 +230,7 @@ class LaionDataModule(PositionedDataModule):
         window: int = 8,
         num_val: int | None = None,
         filter: dict[str, Any] | str | None = None,
+        text_states: str | Path | None = None,
     ) -> None:
         super().__init__()
         if crop not in ("center", "random"):
@@ -247,6 +252,7 @@ class LaionDataModule(PositionedDataModule):
         self.window = window
         self.num_val = num_val
         self.filter = filter
+        self.text_states = text_states
         self.filter_counts: dict[str, FilterCounts] = {}
         self._filter = Filter.of(filter)
         self.train_skips = SkipLog(max_skip_share)
@@ -260,6 +266,9 @@ class LaionDataModule(PositionedDataModule):
             self.training_set()
         if self.val is not None and stage in ("fit", "validate"):
             self.validation_set()
+        if self.trainer is not None:
+            sets = [item for item in (self._training_set, self._validation_set) if item is not None]
+            check_stage(self.trainer.lightning_module, [(item.text_states, item.text) for item in sets])
         if self.trainer is not None and Path(self.trainer.default_root_dir).resolve() != Path.cwd():
             path = Path(self.trainer.default_root_dir) / "skipped.jsonl"
             for skips in (self.train_skips, self.val_skips):
@@ -291,6 +300,7 @@ class LaionDataModule(PositionedDataModule):
                 self.crop == "random",
                 self.random_flip,
                 self.allow_upscale,
+                text_states=self._text_states(shards, rows),
             )
         return self._training_set
 
@@ -309,6 +319,7 @@ class LaionDataModule(PositionedDataModule):
                 text,
                 allow_upscale=self.allow_upscale,
                 num_samples=self.num_val,
+                text_states=self._text_states(shards, rows),
             )
         return self._validation_set
 
@@ -329,7 +340,9 @@ class LaionDataModule(PositionedDataModule):
     ) -> tuple[Shards, list[np.ndarray], tuple[str, int] | None]:
         """Indexes shards and returns them with the rows that may be used and the stored text states' encoder."""
         shards = Shards([index_shard(path) for path in expand_shards(patterns)])
-        has_text = any((index.spans[:, TEXT_STATES, 0] >= 0).any() for index in shards.indexes)
+        has_text = self.text_states is None and any(
+            (index.spans[:, TEXT_STATES, 0] >= 0).any() for index in shards.indexes
+        )
         rows, faults = [], []
         for index in shards.indexes:
             present = index.spans[:, :, 0] >= 0
@@ -365,6 +378,11 @@ class LaionDataModule(PositionedDataModule):
         if not counts.left:
             raise InputError(f"filter {str(filter_)!r}: {counts}; widen it, or give shards with that metadata")
         return kept
+
+    def _text_states(self, shards: Shards, rows: list[np.ndarray]) -> TextStates | None:
+        if self.text_states is None:
+            return None
+        return open_text_states(self.text_states, shards, rows, self.caption_field)
 
     def _first_text(self, shards: Shards, rows: list[np.ndarray]) -> tuple[str, int]:
         """The encoder's name and number of features of the first text states that can be read."""

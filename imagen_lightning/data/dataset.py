@@ -15,6 +15,7 @@ from imagen_lightning.data.decode import decode_captions, decode_image, decode_t
 from imagen_lightning.data.order import SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
+from imagen_lightning.data.text_states import TextStates
 from imagen_lightning.images import downsample
 from imagen_lightning.types import Batch, Text
 
@@ -32,6 +33,7 @@ class Sample:
         key: the sample's name in its source.
         position: its number in the run's consumed order.
         text: the caption's stored states, a batch of one.
+        empty: the empty caption's, likewise.
         skips: samples that were tried before this one.
     """
 
@@ -40,6 +42,7 @@ class Sample:
     key: str
     position: int
     text: Text | None = None
+    empty: Text | None = None
     skips: tuple[Skip, ...] = ()
 
 
@@ -61,6 +64,7 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
         keys=[sample.key for sample in usable],
         positions=torch.tensor([sample.position for sample in usable], dtype=torch.int64),
         text=stack_text(texts) if texts else None,
+        empty=next((sample.empty for sample in usable if sample.empty is not None), None),
         skips=[skip for sample in samples for skip in sample.skips],
     )
 
@@ -111,6 +115,7 @@ class ShardDataset(Dataset[Sample]):
         random_flip: mirror half of the images.
         allow_upscale: enlarge images that are too small.
         num_samples: without an order, the number of samples, taken evenly spaced; None takes all.
+        text_states: the captions' stored states, in files beside the shards.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class ShardDataset(Dataset[Sample]):
         random_flip: bool = False,
         allow_upscale: bool = False,
         num_samples: int | None = None,
+        text_states: TextStates | None = None,
     ) -> None:
         self.shards = shards
         self.rows = list(rows)
@@ -137,6 +143,7 @@ class ShardDataset(Dataset[Sample]):
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.allow_upscale = allow_upscale
+        self.text_states = text_states
         self._ends = np.cumsum([len(item) for item in self.rows])
         self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
 
@@ -179,6 +186,8 @@ class ShardDataset(Dataset[Sample]):
                 raise Unusable(Reason.BAD_TEXT_STATES)
         elif len(captions) > 1:
             caption = captions[self._random(position, _CAPTION).integers(len(captions))]
+        if self.text_states is not None:
+            text = self.text_states.read(self.shards.indexes[shard].path.stem, caption)
         image = fit(
             decode_image(self.shards.read(shard, row, IMAGE) or b""),
             self.image_size,
@@ -188,7 +197,7 @@ class ShardDataset(Dataset[Sample]):
         if self.random_flip and self._random(position, _FLIP).random() < 0.5:
             image = image.flip(-1)
         key = f"{self.shards.indexes[shard].path.stem}/{self.shards.key(shard, row)}"
-        return Sample(image, caption, key, position, text)
+        return Sample(image, caption, key, position, text, self.text_states.empty if self.text_states else None)
 
     def _random(self, position: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, position, stream, 2])
