@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from imagen_lightning.data import shapes
 from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
 from imagen_lightning.data.order import SampleOrder
-from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
+from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, NUM_KINDS, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
 from imagen_lightning.data.text_states import TextStates
 from imagen_lightning.images import downsample
@@ -67,6 +68,73 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
         empty=next((sample.empty for sample in usable if sample.empty is not None), None),
         skips=[skip for sample in samples for skip in sample.skips],
     )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """From a sample's members to its image, caption and stored text states.
+
+    Attributes:
+        image_size: side in pixels.
+        caption_field: see `decode_captions`.
+        text: (encoder's name, number of features) of the stored text states, or None where they are not used; of any
+            number of features where that is None.
+        random_crop: crop the longer side anywhere, not at its centre.
+        random_flip: mirror half of the images.
+        allow_upscale: enlarge images that are too small.
+    """
+
+    image_size: int
+    caption_field: str | None = None
+    text: tuple[str, int | None] | None = None
+    random_crop: bool = False
+    random_flip: bool = False
+    allow_upscale: bool = False
+
+    def __call__(
+        self,
+        members: Sequence[bytes | None],
+        random: Callable[[int], np.random.Generator],
+        stored: Callable[[str], Text] | None = None,
+    ) -> tuple[Tensor, str, Text | None]:
+        """The image (3, H, W) uint8, the caption, and its text states if any.
+
+        Args:
+            members: by kind, IMAGE, CAPTION, METADATA and TEXT_STATES; None where the sample has none.
+            random: gives the generator of each random choice, by its number.
+            stored: from a caption to its text states, where they do not lie in the sample.
+
+        Raises:
+            Unusable: a member is missing or cannot be used.
+        """
+        image = members[IMAGE]
+        if image is None:
+            raise Unusable(Reason.NO_IMAGE)
+        captions = decode_captions(members[CAPTION], members[METADATA], self.caption_field)
+        caption = captions[0]
+        if self.text is None and len(captions) > 1:
+            caption = captions[random(_CAPTION).integers(len(captions))]
+        text = self._text(members[TEXT_STATES]) if stored is None else stored(caption)
+        picture = fit(
+            decode_image(image),
+            self.image_size,
+            random(_PLACE).random() if self.random_crop else 0.5,
+            self.allow_upscale,
+        )
+        if self.random_flip and random(_FLIP).random() < 0.5:
+            picture = picture.flip(-1)
+        return picture, caption, text
+
+    def _text(self, data: bytes | None) -> Text | None:
+        if self.text is None:
+            return None
+        if data is None:
+            raise Unusable(Reason.NO_TEXT_STATES)
+        name, num_features = self.text
+        text, _ = decode_text_states(data, name)
+        if text.states.shape[2] != (num_features or text.states.shape[2]):
+            raise Unusable(Reason.BAD_TEXT_STATES)
+        return text
 
 
 class ShapesDataset(Dataset[Sample]):
@@ -136,13 +204,9 @@ class ShardDataset(Dataset[Sample]):
         self.shards = shards
         self.rows = list(rows)
         self.order = order
-        self.image_size = image_size
         self.seed = seed
-        self.caption_field = caption_field
         self.text = text
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.allow_upscale = allow_upscale
+        self.decode = Decoder(image_size, caption_field, text, random_crop, random_flip, allow_upscale)
         self.text_states = text_states
         self._ends = np.cumsum([len(item) for item in self.rows])
         self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
@@ -175,28 +239,12 @@ class ShardDataset(Dataset[Sample]):
         return shard, int(self.rows[shard][number])
 
     def _load(self, shard: int, row: int, position: int) -> Sample:
-        captions = decode_captions(
-            self.shards.read(shard, row, CAPTION), self.shards.read(shard, row, METADATA), self.caption_field
-        )
-        caption, text = captions[0], None
-        if self.text is not None:
-            name, num_features = self.text
-            text, _ = decode_text_states(self.shards.read(shard, row, TEXT_STATES) or b"", name)
-            if text.states.shape[2] != num_features:
-                raise Unusable(Reason.BAD_TEXT_STATES)
-        elif len(captions) > 1:
-            caption = captions[self._random(position, _CAPTION).integers(len(captions))]
+        members = [self.shards.read(shard, row, kind) for kind in range(NUM_KINDS)]
+        stem, stored = self.shards.indexes[shard].path.stem, None
         if self.text_states is not None:
-            text = self.text_states.read(self.shards.indexes[shard].path.stem, caption)
-        image = fit(
-            decode_image(self.shards.read(shard, row, IMAGE) or b""),
-            self.image_size,
-            self._random(position, _PLACE).random() if self.random_crop else 0.5,
-            self.allow_upscale,
-        )
-        if self.random_flip and self._random(position, _FLIP).random() < 0.5:
-            image = image.flip(-1)
-        key = f"{self.shards.indexes[shard].path.stem}/{self.shards.key(shard, row)}"
+            stored = partial(self.text_states.read, stem)
+        image, caption, text = self.decode(members, partial(self._random, position), stored)
+        key = f"{stem}/{self.shards.key(shard, row)}"
         return Sample(image, caption, key, position, text, self.text_states.empty if self.text_states else None)
 
     def _random(self, position: int, stream: int) -> np.random.Generator:

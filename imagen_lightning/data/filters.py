@@ -160,6 +160,12 @@ class Filter:
     def __str__(self) -> str:
         return ",".join(self.conditions)
 
+    @property
+    def reasons(self) -> list[str]:
+        """What a sample can be removed for, in order: each condition, and before it that its fields are missing."""
+        found = [reason for text, item in self.conditions.items() for reason in (_missing(item), text)]
+        return list(dict.fromkeys(found))
+
     def select(self, columns: Columns, num_samples: int) -> tuple[np.ndarray, FilterCounts]:
         """Which samples meet every condition, (num_samples,) bool, and how many each removed.
 
@@ -168,15 +174,14 @@ class Filter:
             num_samples: number of samples.
         """
         left = np.ones(num_samples, dtype=bool)
-        counts = FilterCounts(num_samples)
+        counts = FilterCounts(num_samples, dict.fromkeys(self.reasons, 0))
         for text, condition in self.conditions.items():
             here = {name: columns.get(name, blank(name, num_samples)) for name in condition.fields}
             lacking = np.logical_or.reduce([lacks(values) for values in here.values()])
-            missing = f"{' or '.join(condition.fields)} missing"
-            counts.removed[missing] = counts.removed.get(missing, 0) + int((left & lacking).sum())
+            counts.removed[_missing(condition)] += int((left & lacking).sum())
             left &= ~lacking
             holds = condition.holds(here)
-            counts.removed[text] = int((left & ~holds).sum())
+            counts.removed[text] += int((left & ~holds).sum())
             left &= holds
         return left, counts
 
@@ -192,6 +197,10 @@ class Filter:
 
 
 _EXAMPLE = "'min_side=256,punsafe_max=0.1,language=en'"
+
+
+def _missing(condition: _Condition) -> str:
+    return f"{' or '.join(condition.fields)} missing"
 
 
 def _condition(name: str, value: Any) -> _Condition:
