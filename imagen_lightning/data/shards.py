@@ -1,8 +1,11 @@
-"""Shards: tar files of samples in webdataset's layout, found, indexed, read by offset, and written.
+"""Shards: tar files of samples in webdataset's layout, found, opened, read by offset, and written.
 
 A sample is a group of members `KEY.suffix`. Known suffixes are `jpg`, `jpeg`, `png`, `webp` (the image), `txt` and
 `json` (captions) and `text.npz` (stored text states); members of any other suffix are never read. Nothing is extracted,
 executed or unpickled: of webdataset only the tar writer is used.
+
+Samples are read by `pread` and not through a memory map: a process that reads a mapped page of a file that was cut
+meanwhile is killed (SIGBUS), where `pread` returns fewer bytes and the sample is left out and counted.
 """
 
 from __future__ import annotations
@@ -10,248 +13,198 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
+from imagen_lightning.data.index import (
+    ShardIndex,
+    cache_folder,
+    index_bytes,
+    index_shard,
+    map_shards,
+    open_index,
+    write_whole,
+)
+from imagen_lightning.data.remote import expand_addresses, is_remote
+from imagen_lightning.data.shard_cache import PATIENCE, CacheFull, ReadAhead, ShardCache
+from imagen_lightning.data.skips import Reason, Unusable
+from imagen_lightning.data.walk import CAPTION, IMAGE, METADATA, NUM_KINDS, SUFFIXES, TEXT_STATES, hash_sample
+from imagen_lightning.errors import InputError
 
-from imagen_lightning.data.skips import Reason, Skip, Unusable
-from imagen_lightning.types import InputError
+__all__ = [
+    "CAPTION",
+    "IMAGE",
+    "METADATA",
+    "NUM_KINDS",
+    "SUFFIXES",
+    "TEXT_STATES",
+    "ShardIndex",
+    "ShardWriter",
+    "Shards",
+    "expand_shards",
+    "index_shard",
+    "list_shards",
+    "open_shards",
+]
 
-IMAGE, CAPTION, METADATA, TEXT_STATES = range(4)
-NUM_KINDS = 4
-SUFFIXES = {
-    "jpg": IMAGE,
-    "jpeg": IMAGE,
-    "png": IMAGE,
-    "webp": IMAGE,
-    "txt": CAPTION,
-    "json": METADATA,
-    "text.npz": TEXT_STATES,
-}
+Verify = Literal["off", "sha256"]
+Members = tuple[bytes | None, bytes | None, bytes | None, bytes | None]
 
-_BLOCK = 512
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _MAX_OPEN_FILES = 64
+_MAX_OPEN_CACHED = 16
+_GAP = 2**16  # bytes between members that are read along rather than skipped
+
+
+def list_shards(patterns: str | Path | Sequence[str | Path]) -> list[str]:
+    """Paths, folders (their *.tar), globs and braces, such as `train-{00000..00009}.tar`, and addresses likewise, such
+    as `s3://bucket/train-{00000..00009}.tar`, to shards in order.
+
+    Raises:
+        InputError: a pattern that matches nothing, or a shard named twice.
+    """
+    shards: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        text = os.path.expanduser(pattern).removeprefix("file://")
+        shards.extend(expand_addresses(text) if is_remote(text) else _expand_paths(text))
+    shard, count = Counter(shards).most_common(1)[0] if shards else (None, 1)
+    if shard is None or count > 1:
+        raise InputError("no shards were named" if shard is None else f"shard {shard!r} is named {count} times")
+    return shards
 
 
 def expand_shards(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Paths, folders (their *.tar), globs and braces, such as `train-{00000..00009}.tar`, to shard files in order.
+    """`list_shards` of local files alone.
 
     Raises:
         InputError: a pattern that matches no file, an address that is not a local file, or a shard named twice.
     """
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        if is_remote(str(pattern)):
+            raise InputError(f"shards {str(pattern)!r}: only local files can be read; copy the shards here first")
+    return [Path(shard) for shard in list_shards(patterns)]
+
+
+def _expand_paths(text: str) -> list[str]:
     from braceexpand import braceexpand
 
-    shards: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        text = os.path.expanduser(pattern)
-        if re.match(r"[a-z0-9]+://|pipe:", text):
-            raise InputError(f"shards {text!r}: only local files can be read; copy the shards here first")
-        try:
-            alternatives = [text] if os.path.exists(text) else list(braceexpand(text))
-        except ValueError:
-            raise InputError(f"shards {text!r}: the braces do not pair") from None
-        for name in alternatives:
-            if os.path.isdir(name):
-                found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-            else:
-                found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-            if not found:
-                missing = f"shards {text!r}" + (f" ({name!r})" if name != text else "")
-                raise InputError(f"{missing} match no file; check the path (from {os.getcwd()})")
-            shards.extend(Path(path) for path in found)
-    path, count = Counter(shards).most_common(1)[0] if shards else (None, 1)
-    if path is None or count > 1:
-        raise InputError("no shards were named" if path is None else f"shard {str(path)!r} is named {count} times")
+    if text.startswith("pipe:"):
+        raise InputError(f"shards {text!r}: only local files can be read; copy the shards here first")
+    try:
+        alternatives = [text] if os.path.exists(text) else list(braceexpand(text))
+    except ValueError:
+        raise InputError(f"shards {text!r}: the braces do not pair") from None
+    shards: list[str] = []
+    for name in alternatives:
+        if os.path.isdir(name):
+            found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+        else:
+            found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not found:
+            missing = f"shards {text!r}" + (f" ({name!r})" if name != text else "")
+            raise InputError(f"{missing} match no file; check the path (from {os.getcwd()})")
+        shards.extend(str(Path(path)) for path in found)
     return shards
 
 
-@dataclass
-class ShardIndex:
-    """Where the samples of one shard lie.
+def open_shards(
+    patterns: str | Path | Sequence[str | Path],
+    *,
+    verify: Verify = "off",
+    cache: Path | None = None,
+    cache_bytes: int = 20 * 10**9,
+    read_ahead: int = 8,
+) -> Shards:
+    """Finds shards and reads their indexes, making those that are missing or stale.
 
-    Attributes:
-        path: the tar file.
-        keys: n names, unique within the shard.
-        spans: (n, 4, 2) int64, offset and length of the members IMAGE, CAPTION, METADATA and TEXT_STATES; offset -1
-            where a sample has none.
-        skips: samples left out for the shard's own faults.
-    """
-
-    path: Path
-    keys: list[str]
-    spans: np.ndarray
-    skips: list[Skip]
-
-
-def index_shard(path: Path) -> ShardIndex:
-    """Walks the headers of a local tar.
-
-    A sample is left out whole when any of its members is: one that a truncated file cuts off, a name with `..` or an
-    absolute one, a link or device, two members of one kind. Where the end-of-archive mark is missing, the last
-    sample may lack members and is left out.
+    Args:
+        patterns: see `list_shards`.
+        verify: "sha256" compares each sample with its SHA-256; shards without are hashed first.
+        cache: the folder for remote shards, their indexes, and those of shards in folders that cannot be written;
+            None is `cache_folder()`.
+        cache_bytes: most bytes of remote shards that are kept there.
+        read_ahead: number of shards that are read from at once, and of those fetched ahead.
 
     Raises:
-        InputError: the file cannot be read, or is compressed.
+        InputError: see `list_shards`; a shard that cannot be read, or a cache that is too small for `read_ahead`.
     """
-    samples: dict[str, list[tuple[int, int] | None]] = {}
-    faults: dict[str, Reason] = {}
-    last = ""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"shard {str(path)!r} cannot be read: {error.strerror}") from None
-    try:
-        for member in _members(descriptor, path):
-            match = _KEY.fullmatch(member.name.removeprefix("./"))
-            key, suffix = match.groups() if match else (member.name, "")
-            if member.reason is not None:
-                torn = member.reason in (Reason.TRUNCATED_SHARD, Reason.BAD_HEADER)
-                faults.setdefault(last if torn and not member.name else key, member.reason)
-                continue
-            if match is None:
-                continue
-            last = key
-            kind = SUFFIXES.get(suffix.lower())
-            if kind is None:
-                continue
-            spans = samples.setdefault(key, [None] * NUM_KINDS)
-            if spans[kind] is not None:
-                faults.setdefault(key, Reason.DUPLICATE_KEY)
-            spans[kind] = member.offset, member.size
-    except IsADirectoryError:
-        raise InputError(f"shard {str(path)!r} is a folder") from None
-    finally:
-        os.close(descriptor)
-    keys = [key for key in samples if key not in faults]
-    spans_array = np.array([[span or (-1, 0) for span in samples[key]] for key in keys], dtype=np.int64)
-    skips = [Skip(str(path), key, reason) for key, reason in faults.items()]
-    return ShardIndex(path, keys, spans_array.reshape(len(keys), NUM_KINDS, 2), skips)
+    if verify not in ("off", "sha256"):
+        raise InputError(f"verify {verify!r} is unknown; give 'off' or 'sha256'")
+    names = list_shards(patterns)
+    folder = cache or cache_folder()
+    remote = ShardCache(folder, cache_bytes) if any(is_remote(name) for name in names) else None
 
+    if remote is not None:
+        remote.prepare()
 
-class _Member(NamedTuple):
-    name: str
-    offset: int = 0
-    size: int = 0
-    reason: Reason | None = None  # why it must not be used
+    def open_one(name: str) -> ShardIndex:
+        if remote is not None and is_remote(name):
+            return remote.open_index(name)
+        return open_index(name, hashes=verify == "sha256", cache=folder)
 
-
-def _members(descriptor: int, path: Path) -> Iterator[_Member]:
-    """Regular files of a tar, and what is wrong with it; a fault of no known member has the name ""."""
-    end = os.fstat(descriptor).st_size
-    offset = 0
-    long_name: str | None = None
-    long_size: int | None = None
-    while True:
-        header = os.pread(descriptor, _BLOCK, offset)
-        if offset == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            raise InputError(f"shard {str(path)!r} is compressed and cannot be read by offset; decompress it first")
-        if len(header) < _BLOCK:
-            yield _Member("", reason=Reason.TRUNCATED_SHARD)
-            return
-        if not header.strip(b"\0"):
-            return
-        try:
-            checksum = _number(header[148:156])
-            size = _number(header[124:136])
-        except ValueError:
-            checksum = size = -1
-        if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-            yield _Member("", reason=Reason.BAD_HEADER)
-            return
-        kind = header[156:157]
-        data = offset + _BLOCK
-        if kind in b"LKxg":  # GNU long name, GNU long link, pax header of the next member, pax header of all
-            if data + size > end:
-                yield _Member("", reason=Reason.TRUNCATED_SHARD)
-                return
-            if size > 2**20:
-                yield _Member("", reason=Reason.BAD_HEADER)
-                return
-            text = os.pread(descriptor, size, data)
-            if kind == b"L":
-                long_name = _text(text)
-            elif kind == b"x":
-                try:
-                    records = _pax(text)
-                    long_name = records.get("path", long_name)
-                    long_size = int(records["size"]) if "size" in records else None
-                except ValueError:
-                    yield _Member("", reason=Reason.BAD_HEADER)
-                    return
-            offset = data + _padded(size)
-            continue
-        name = _text(header[:100])
-        if header[257:263] == b"ustar\0" and header[345]:
-            name = f"{_text(header[345:500])}/{name}"
-        name, size = long_name or name, size if long_size is None else long_size
-        long_name = long_size = None
-        regular = kind in (b"0", b"\0", b"7")
-        if kind == b"5" or (regular and name.endswith("/")):
-            offset = data
-            continue
-        if not regular or name.startswith("/") or ".." in name.split("/"):
-            yield _Member(name, reason=Reason.UNSAFE_MEMBER)
-            offset = data + (0 if kind in b"12346" else _padded(size))  # links and devices have no data
-            continue
-        if data + size > end:
-            yield _Member(name, reason=Reason.TRUNCATED_SHARD)
-            return
-        yield _Member(name, data, size)
-        offset = data + _padded(size)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
-def _number(field: bytes) -> int:
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE\\n` of a pax header."""
-    records = {}
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        record, data = data[:length], data[length:]
-        key, separator, value = record.split(b" ", 1)[-1].partition(b"=")
-        if length < 5 or not separator:
-            raise ValueError("not a pax record")
-        records[_text(key)] = _text(value.rstrip(b"\n"))
-    return records
+    indexes = list(map_shards(open_one, names))
+    if remote is not None:
+        remote.check([index.size for index in indexes if is_remote(index.shard)], 2 * read_ahead)
+    return Shards(indexes, verify, remote)
 
 
 class Shards:
-    """Indexed local shards, read by (shard, row, kind); it may be shared by forked and spawned processes."""
+    """Indexed shards, read by (shard, row); it may be shared by forked and spawned processes.
 
-    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+    Args:
+        indexes: one a shard.
+        verify: "sha256" compares each sample with its SHA-256 when it is read whole.
+        cache: where remote shards are read from.
+    """
+
+    def __init__(self, indexes: Sequence[ShardIndex], verify: Verify = "off", cache: ShardCache | None = None) -> None:
         self.indexes = list(indexes)
+        self.verify = verify
+        self.cache = cache
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._ahead: ReadAhead | None = None
 
     def key(self, shard: int, row: int) -> str:
-        return self.indexes[shard].keys[row]
+        """A sample's name; "" where the index has gone with the shard."""
+        try:
+            return self.indexes[shard].keys[row]
+        except Unusable:
+            return ""
+
+    def sample(self, shard: int, row: int) -> Members:
+        """The bytes of a sample's image, caption, metadata and text states, each None where it has none.
+
+        Raises:
+            Unusable: the file is gone or shorter than when it was indexed, the disk fails, or the SHA-256 differs.
+        """
+        index = self.indexes[shard]
+        spans = index.spans[row].tolist()
+        present = [(kind, offset, length) for kind, (offset, length) in enumerate(spans) if offset >= 0]
+        first = min(offset for _, offset, _ in present)
+        stop = max(offset + length for _, offset, length in present)
+        found: list[bytes | None] = [None] * NUM_KINDS
+        if stop - first <= sum(length for _, _, length in present) + _GAP:
+            extent = self._pread(shard, first, stop - first)
+            for kind, offset, length in present:
+                found[kind] = extent[offset - first : offset - first + length]
+        else:
+            for kind, offset, length in present:
+                found[kind] = self._pread(shard, offset, length)
+        if self.verify == "sha256" and hash_sample(found) != index.digests()[row].tobytes():
+            raise Unusable(Reason.HASH_MISMATCH)
+        return found[IMAGE], found[CAPTION], found[METADATA], found[TEXT_STATES]
 
     def read(self, shard: int, row: int, kind: int) -> bytes | None:
-        """The bytes of one member, or None where the sample has none.
+        """The bytes of one member, not compared with any SHA-256, or None where the sample has none.
 
         Raises:
             Unusable: the file is gone or shorter than when it was indexed, or the disk fails.
         """
-        offset, length = (int(value) for value in self.indexes[shard].spans[row, kind])
-        if offset < 0:
-            return None
+        offset, length = self.indexes[shard].spans[row, kind].tolist()
+        return None if offset < 0 else self._pread(shard, offset, length)
+
+    def _pread(self, shard: int, offset: int, length: int) -> bytes:
         try:
             data = os.pread(self._file(shard), length, offset)
         except OSError:
@@ -260,28 +213,56 @@ class Shards:
             raise Unusable(Reason.TRUNCATED_SHARD)
         return data
 
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Has remote shards fetched that will be needed, in that order, and lets go of all others."""
+        if self.cache is None:
+            return
+        for shard in [shard for shard in self._files if shard not in shards]:
+            self._close(shard)
+        if self._ahead is None or self._ahead.process != os.getpid():
+            self._ahead = ReadAhead(self.cache)
+        self._ahead.want([self.indexes[shard] for shard in shards if is_remote(self.indexes[shard].shard)])
+
     def _file(self, shard: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
+            return self._files[shard]
+        index = self.indexes[shard]
+        if self.cache is None or not is_remote(index.shard):
+            self._files[shard] = os.open(index.shard, os.O_RDONLY)
         else:
-            self._files[shard] = os.open(self.indexes[shard].path, os.O_RDONLY)
-            if len(self._files) > _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = self._cached(self.cache, index)
+        while len(self._files) > (_MAX_OPEN_FILES if self.cache is None else _MAX_OPEN_CACHED):
+            self._close(next(iter(self._files)))
         return self._files[shard]
 
+    def _cached(self, cache: ShardCache, index: ShardIndex) -> int:
+        try:
+            return cache.open(index)
+        except CacheFull:
+            self.close()
+        return cache.open(index, PATIENCE)
+
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        for shard in list(self._files):
+            self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        descriptor = self._files.pop(shard)
+        if self.cache is None:
+            os.close(descriptor)
+        else:
+            self.cache.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"indexes": self.indexes, "_files": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_ahead": None}
 
     def __del__(self) -> None:
         self.close()
 
 
 class ShardWriter:
-    """Writes `PREFIX-00000.tar`, `PREFIX-00001.tar`, …; each appears under its name when it is whole.
+    """Writes `PREFIX-00000.tar`, `PREFIX-00001.tar`, … and their indexes; each appears when it is whole.
 
     Use it as a context: leaving it finishes the last shard, leaving it by an error removes the unfinished one.
 
@@ -337,6 +318,13 @@ class ShardWriter:
         self._file.close()
         partial = self._partial()
         path = partial.with_suffix("")
-        os.replace(partial, path)
+        # The index first: no shard is ever without one, and one without its shard is replaced by the next writer's.
+        index = path.with_name(f"{path.name}.index")
+        write_whole(index, index_bytes(index_shard(partial, hashes=True)))
+        try:
+            os.replace(partial, path)
+        except OSError:
+            index.unlink()
+            raise
         self.paths.append(path)
         self._tar = self._file = None

@@ -31,6 +31,7 @@ class Reason(str, Enum):
     TRUNCATED_SHARD = "truncated shard"
     UNREADABLE_SHARD = "unreadable shard"
     BAD_HEADER = "bad tar header"
+    HASH_MISMATCH = "hash mismatch"
     NO_TEXT_STATES = "text states missing"
     BAD_TEXT_STATES = "undecodable text states"
     NAN_TEXT_STATES = "text states not finite"

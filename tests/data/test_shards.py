@@ -19,6 +19,7 @@ from imagen_lightning.data.shards import (
     ShardWriter,
     expand_shards,
     index_shard,
+    open_shards,
 )
 from imagen_lightning.data.skips import Reason
 from imagen_lightning.types import InputError
@@ -161,7 +162,7 @@ def test_hostile_members_are_refused_and_counted(tmp_path):
         add(tar, "good.jpg", b"image")
         add(tar, "good.txt", b"caption")
     index = index_shard(tmp_path / "a.tar")
-    assert index.keys == ["good"]
+    assert list(index.keys) == ["good"]
     bad = ["../up", "a/../../up", "/absolute", "link", "hard", "device", "pipe", "sparse"]
     assert skipped(index) == dict.fromkeys(bad, Reason.UNSAFE_MEMBER)
 
@@ -169,7 +170,7 @@ def test_hostile_members_are_refused_and_counted(tmp_path):
 def test_duplicate_keys_are_left_out(tmp_path):
     members = [*sample_members("a", 1), *sample_members("b", 2), ("a.jpeg", b"another")]
     index = index_shard(write_tar(tmp_path / "a.tar", members))
-    assert index.keys == ["b"]
+    assert list(index.keys) == ["b"]
     assert skipped(index) == {"a": Reason.DUPLICATE_KEY}
 
 
@@ -278,9 +279,14 @@ def test_writer_and_index_agree(tmp_path):
             writer.write(f"{number:09d}", {"jpg": b"j%d" % number, "txt": b"t%d" % number, "json": b"{}"})
             assert len(list(tmp_path.glob("*.tar"))) == (number + 1) // 3
     assert [path.name for path in writer.paths] == [f"train-{n:05d}.tar" for n in range(3)]
-    assert sorted(tmp_path.iterdir()) == writer.paths
-    shards = Shards([index_shard(path) for path in writer.paths])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"train-{n:05d}.tar{suffix}" for n in range(3) for suffix in ("", ".index")
+    ]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    shards = open_shards(tmp_path, verify="sha256")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before  # the writer's indexes were right
     assert [len(index.keys) for index in shards.indexes] == [3, 3, 1]
+    assert shards.sample(1, 2) == (b"j5", b"t5", b"{}", None)
     assert shards.read(1, 2, IMAGE) == b"j5"
     assert shards.read(2, 0, CAPTION) == b"t6"
     assert shards.read(2, 0, TEXT_STATES) is None
@@ -295,7 +301,7 @@ def test_writer_that_fails_leaves_only_whole_shards(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert [path.name for path in tmp_path.iterdir()] == ["train-00000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-00000.tar", "train-00000.tar.index"]
     assert len(index_shard(tmp_path / "train-00000.tar").keys) == 2
 
 
