@@ -91,8 +91,8 @@ def _table(section: Section, lines: Sequence[Line], several: bool) -> None:
 
 
 def _setting(value: Any) -> Cell:
-    """Sorted as a number where it is one."""
-    return Cell(figures.setting(value), value if isinstance(value, float | int | str) else None)
+    text = figures.setting(value)
+    return Cell(text, None if value is None else text)
 
 
 def _pictures(section: Section, lines: Sequence[Line], problems: Problems) -> None:
@@ -122,12 +122,11 @@ def _pareto(page: Page, lines: Sequence[Line]) -> None:
         varied = figures.settings_that_vary([line.row.settings for line in own])
         compared = [name for name in MADE if name in varied]
         pairs: dict[tuple[str, str, str, str], list[figures.Point]] = {}
-        for line in own:
+        for line, label in zip(own, figures.labels([line.row.settings for line in own])):
             aligned = [value for value in line.values if figures.is_alignment(value.metric)]
             faithful = [value for value in line.values if figures.is_fidelity(value.metric)]
             for x, y in product(aligned, faithful):
                 key = x.metric, y.metric, x.protocol.key(compared), y.protocol.key(compared)
-                label = figures.label(line.row.settings, varied)
                 pairs.setdefault(key, []).append(figures.Point(x, y, label))
         for key, points in pairs.items():
             plots.setdefault(key, []).append((style, points))

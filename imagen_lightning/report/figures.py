@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ COLOURS = (
     *("#b08900", "#0ea5b7", "#c026a8", "#7a8b2f", "#8a8f98"),
 )
 DASHES = {"solid": None, "dash": "6 4", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
-_MOST_NAMED = 8  # runs in a legend; beyond, the pointer tells
+MOST_NAMED = 8  # runs in a legend; beyond, the pointer tells
 MIN_SMOOTHED = 30  # points, below which a curve is shown as it is
 _BIN = re.compile(r"(\d\.\d+)-(\d\.\d+)$")
 
@@ -106,7 +106,7 @@ def _trace(style: Style, x: Any, y: Any, kind: str, *, mode: str = "lines", **mo
 def curves(runs: Sequence[tuple[Style, Curve]], x_title: str = "optimizer step") -> go.Figure:
     """Raw and smoothed curves over the steps of training; short ones as they are, with their points."""
     log_y = spans_decades(np.concatenate([curve.values for _, curve in runs]))
-    figure = empty(x_title, named=1 < len(runs) <= _MOST_NAMED, log_y=log_y)
+    figure = empty(x_title, named=1 < len(runs) <= MOST_NAMED, log_y=log_y)
     for style, curve in runs:
         raw = thin(curve)
         if len(curve.steps) < MIN_SMOOTHED:
@@ -142,7 +142,7 @@ def by_level(runs: Sequence[tuple[Style, Run]], level: str, x_title: str) -> go.
     if not found:
         return None
     log_y = spans_decades(np.array([mean for _, _, bins in found for _, _, mean in bins]))
-    figure = empty(x_title, named=1 < len(found) <= _MOST_NAMED, log_y=log_y)
+    figure = empty(x_title, named=1 < len(found) <= MOST_NAMED, log_y=log_y)
     for style, words, bins in found:
         trace = _trace(
             style,
@@ -211,7 +211,7 @@ def pareto(sweeps: Sequence[tuple[Style, Sequence[Point]]]) -> go.Figure:
             "points",
             mode="markers+text" if len(points) <= 30 else "markers",
             text=[plain(point.label) for point in points],
-            textposition="top center",
+            textposition="top right",
             textfont={"size": 11},
             hovertext=[_words(point) for point in points],
             hoverinfo="text",
@@ -270,9 +270,17 @@ def settings_that_vary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({repr(row.get(name)) for row in rows}) > 1]
 
 
-def label(settings: Mapping[str, Any], names: Collection[str]) -> str:
-    """A point's settings in few words: "guidance 2, steps 25"."""
-    return ", ".join(f"{name.replace('_', ' ')} {setting(settings.get(name))}" for name in names)
+def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells operating points apart, in few words: "guidance 2, steps 25"; of a setting a stage, what varies."""
+    parts: list[list[str]] = [[] for _ in rows]
+    for name in settings_that_vary(rows):
+        values = [row.get(name) for row in rows]
+        if all(isinstance(value, list | tuple) for value in values) and len({len(value) for value in values}) == 1:
+            stages = [column for column in zip(*values) if len(set(map(repr, column))) > 1]
+            values = [list(value) for value in zip(*stages)]
+        for part, value in zip(parts, values):
+            part.append(f"{name.replace('_', ' ')} {setting(value)}")
+    return [", ".join(part) for part in parts]
 
 
 def setting(value: Any) -> str:

@@ -67,3 +67,10 @@ def number(value: float | None, digits: int = 4) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.{digits}g}"
+
+
+def measured(value: float, digits: int = 4) -> str:
+    """A measured number for people, with its zeros: "0.9200", "12.30", "12,345"."""
+    if not math.isfinite(value) or 0 < abs(value) < 1e-4:
+        return number(value, digits)
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}"

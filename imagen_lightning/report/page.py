@@ -138,8 +138,7 @@ def image(
     source = data_uri(picture if isinstance(picture, bytes) else encode(picture))
     css = " ".join(word for word, wanted in (("pixelated", pixelated), ("wide", wide)) if wanted)
     shown = element("img", src=source, alt=alt, loading="lazy", class_=css or None)
-    under = element("figcaption", caption) if caption else None
-    return element("figure", *(part for part in (shown, under) if part is not None), class_="picture")
+    return element("figure", shown, element("figcaption", caption) if caption else None, class_="picture")
 
 
 def encode(picture: Image.Image, max_side: int | None = None) -> bytes:
@@ -204,21 +203,9 @@ class Section:
         """Adds HTML made by this module's functions, or text (escaped) as a paragraph."""
         self.parts += [part if isinstance(part, Html) else element("p", part) for part in parts]
 
-    def figure(
-        self, figure: go.Figure, title: str, note: str | None = None, *, switches: Sequence[str] = (), height: int = 380
-    ) -> None:
-        """Adds a plotly figure, drawn when it comes into view, in the colours of the page's theme.
-
-        Args:
-            figure: traces may carry `meta={"run": …, "kind": …}`: the run by which a table's tick boxes hide them, and
-                the kind that a switch hides.
-            title: stands above it.
-            note: a line under the title.
-            switches: "log y" for a button between a linear and a logarithmic y axis, "raw" for one that hides the
-                traces of kind "raw".
-            height: in pixels.
-        """
-        self.parts.append(self._page.plot(figure, title, note, switches, height))
+    def figure(self, figure: go.Figure, title: str, note: str | None = None, **options: Any) -> None:
+        """Adds a plotly figure; see `Page.plot`."""
+        self.parts.append(self._page.plot(figure, title, note, **options))
 
     def data(self, kind: str, content: Any) -> str:
         """Embeds data for a script, and returns the id of its block."""
@@ -256,38 +243,53 @@ class Page:
         self._data.append(embedded_json(identity, content))
         return identity
 
-    def plot(self, figure: go.Figure, title: str, note: str | None, switches: Sequence[str], height: int) -> Html:
-        """The place of a figure; see `Section.figure`."""
+    def plot(
+        self,
+        figure: go.Figure,
+        title: str,
+        note: str | None = None,
+        *,
+        switches: Sequence[str] = (),
+        off: Sequence[str] = (),
+        height: int = 340,
+    ) -> Html:
+        """The place of a plotly figure, drawn when it comes into view, in the colours of the page's theme.
+
+        Args:
+            figure: traces may carry `meta={"run": …, "kind": …}`: the run by which a table's tick boxes hide them, and
+                the kind that a switch hides.
+            title: stands above it.
+            note: a line under the title.
+            switches: "log" for a button between a linear and a logarithmic y axis, "raw" for one that hides the traces
+                of kind "raw".
+            off: those of the switches that hide at first.
+            height: in pixels.
+        """
         self._num_plots += 1
         identity = self.embed("plot", figure.to_json())
-        words = {"log y": "Log axis", "raw": "Raw values"}
-        pressed = {"log y": figure.layout.yaxis.type == "log", "raw": True}
+        words = {"log": "Log axis", "raw": "Raw values"}
+        pressed = {"log": figure.layout.yaxis.type == "log", "raw": "raw" not in off}
         buttons = (
-            element(
-                "button",
-                words[name],
-                type="button",
-                data_switch=name.split()[0],
-                aria_pressed="true" if pressed[name] else "false",
-            )
+            element("button", words[name], type="button", data_switch=name, aria_pressed=str(pressed[name]).lower())
             for name in switches
         )
         head = element("div", element("h3", title), element("div", *buttons, class_="switches"), class_="plot-head")
-        body = element(
-            "div", class_="plot", data_plot=identity, style=f"height:{height}px", role="img", aria_label=title
-        )
-        return element("div", head, element("p", note, class_="plot-note") if note else "", body, class_="plot-box")
+        under = element("p", note, class_="plot-note") if note else None
+        style = f"height:{height}px"
+        body = element("div", class_="plot", data_plot=identity, style=style, role="img", aria_label=title)
+        return element("div", head, under, body, class_="plot-box")
 
     def render(self) -> str:
-        """The page's text."""
-        links = (element("a", section.title, href=f"#{section.identity}") for section in self.sections)
+        """The page's text; sections without content are left out."""
+        sections = [section for section in self.sections if section.parts]
+        links = (element("a", section.title, href=f"#{section.identity}") for section in sections)
         theme = element("button", "Dark", type="button", id="theme", aria_pressed="false")
         bar = element("nav", element("div", *links, class_="links"), theme, aria_label="Contents")
         made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         lead = element("p", self.lead, class_="lead") if self.lead is not None else ""
         header = element("header", element("h1", self.title), lead)
         footer = element("footer", f"Made by imagen-lightning {__version__} on {made}.")
-        main = element("main", header, *(section.render() for section in self.sections), footer)
+        main = element("main", header, *(section.render() for section in sections), footer)
         scripts = [_THEME, SCRIPT, *([_plotly()] if self._num_plots else [])]
         allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
         policy = (

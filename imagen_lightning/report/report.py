@@ -12,7 +12,7 @@ from imagen_lightning.report.comparable import TRAIN_LOSS, VAL_LOSS, Yardstick
 from imagen_lightning.report.differences import differing
 from imagen_lightning.report.figures import Style
 from imagen_lightning.report.markup import Html, element, join, number
-from imagen_lightning.report.page import Cell, Column, Page, Section, bullets, details, notice, table
+from imagen_lightning.report.page import Cell, Column, Page, Section, bullets, details, table
 from imagen_lightning.report.runs import Run
 from imagen_lightning.report.samples import Drawer, add_grid, drawer_kinds
 from imagen_lightning.report.sources import Sources
@@ -66,14 +66,13 @@ def _problems(lines: Sequence[str]) -> Html:
 
 
 def _verdicts(section: Section, sources: Sources) -> None:
-    for found in sources.evaluations:
-        if found.evaluation.verdict:
-            section.add(notice(join(element("strong", f"{found.name}: "), found.evaluation.verdict), "verdict"))
+    found = [(item.name, item.evaluation.verdict) for item in sources.evaluations if item.evaluation.verdict]
     for run in sources.runs:
-        verdict = run.info.get("verdict")
-        lines = verdict if isinstance(verdict, list) else [verdict] if verdict else []
-        for line in lines:
-            section.add(notice(join(element("strong", f"{run.name}: "), str(line)), "verdict"))
+        verdict = run.info.get("verdict") or []
+        found += [(run.name, str(line)) for line in (verdict if isinstance(verdict, list) else [verdict])]
+    if found:
+        lines = [join(element("strong", f"{name}: "), text) for name, text in found]
+        section.add(element("div", *(element("p", line) for line in lines), class_="notice verdict"))
 
 
 # ---- runs
@@ -142,8 +141,9 @@ def _losses(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -
             found = [(style, run.curves[metric]) for style, run in runs if metric in run.curves]
             if found:
                 smoothed = any(len(curve.steps) >= figures.MIN_SMOOTHED for _, curve in found)
-                switches = ["log y", *(["raw"] if smoothed else [])]
-                shown.append(page.plot(figures.curves(found), title, None, switches, 340))
+                switches = ["log", *(["raw"] if smoothed else [])]
+                off = ["raw"] if len(found) > figures.MOST_NAMED else []
+                shown.append(page.plot(figures.curves(found), title, switches=switches, off=off))
         section.add(element("h4", label), element("div", *shown, class_="plots"))
 
 
@@ -158,7 +158,7 @@ def _levels(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -
         for level, title, x_title in kinds:
             figure = figures.by_level(runs, level, x_title)
             if figure is not None:
-                shown.append(page.plot(figure, title, None, ["log y"], 340))
+                shown.append(page.plot(figure, title, switches=["log"]))
         if shown:
             boxes += [element("h4", label), element("div", *shown, class_="plots")]
     if boxes:
@@ -179,11 +179,11 @@ def _metrics(page: Page, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequenc
         return
     section = page.section("Metrics", "metrics")
     shown = []
-    for (metric, key), runs in sorted(groups.items()):
+    for (metric, key), runs in sorted(groups.items(), key=lambda item: item[0][0]):
         alone = sum(other == metric for other, _ in groups) == 1
         title = metric if alone else f"{metric}, {labels[metric, key]}"
         curves = [(style, run.curves[metric]) for style, run in runs]
-        shown.append(page.plot(figures.curves(curves), title, None, ["log y"], 320))
+        shown.append(page.plot(figures.curves(curves), title, switches=["log"]))
     section.add(element("div", *shown, class_="plots"))
 
 

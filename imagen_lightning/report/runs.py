@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from imagen_lightning.errors import counted
 from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
@@ -154,6 +153,6 @@ def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:
             steps[name].append(step)
     if bad:
         problems.add(
-            path, f"{counted(bad, 'row or cell')} could not be read and {'is' if bad == 1 else 'are'} left out"
+            path, f"rows or cells that are no numbers are left out: {bad}"
         )
     return {name: Curve(np.array(steps[name]), np.array(values[name])) for name in steps if steps[name]}

@@ -210,13 +210,15 @@ const showSamples = (box) => {
 // ---- when all of the page is there
 
 document.addEventListener("DOMContentLoaded", () => {
-  for (const box of $$("[data-samples]")) showSamples(box);
   showTheme();
-  const plots = $$(".plot");
   const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+    for (const { isIntersecting, target } of entries)
+      if (isIntersecting) {
+        seen.unobserve(target);
+        if (target.dataset.samples) showSamples(target); else draw(target);
+      }
   }, { rootMargin: "300px" });
-  for (const plot of plots) seen.observe(plot);
+  for (const place of $$(".plot, [data-samples]")) seen.observe(place);
   const links = new Map($$("nav a").map((link) => [link.getAttribute("href").slice(1), link]));
   const inView = new IntersectionObserver((entries) => {
     for (const entry of entries) links.get(entry.target.id)?.classList.toggle("here", entry.isIntersecting);

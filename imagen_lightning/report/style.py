@@ -53,6 +53,7 @@ button { font: inherit; color: inherit; cursor: pointer; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .notice { margin: 0 0 0.75rem; padding: 0.6rem 0.9rem; border-radius: 8px; border-left: 4px solid var(--line);
   background: var(--stripe); }
+.notice p { margin: 0.2rem 0; }
 .notice.verdict { background: var(--verdict); border-color: var(--accent); }
 .notice.problem { background: var(--problem); border-color: var(--problem-line); }
 .scroll { overflow: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: 8px; margin: 0.75rem 0; }
@@ -74,12 +75,12 @@ tbody tr:hover > * { background: var(--hover); }
 .number { text-align: right; }
 td .range { display: block; color: var(--soft); font-size: 0.8rem; }
 td.wrap, td code, td.long { white-space: normal; }
-td code { display: inline-block; min-width: 16rem; }
 .same { color: var(--soft); }
 sup { color: var(--accent); font-size: 0.75em; line-height: 0; margin-left: 0.15em; }
 label.run { display: inline-flex; gap: 0.5rem; align-items: center; cursor: pointer; }
 label.run input { margin: 0; }
-tr.off > :not(:first-child), tr.off .name { opacity: 0.45; }
+tr.off > *, tr.off strong { color: var(--soft); font-weight: 400; }
+tr.off .swatch { opacity: 0.3; }
 .swatch { flex: none; display: inline-block; vertical-align: middle; }
 .plot-box { margin: 1rem 0 0.5rem; }
 .plot-head { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: baseline; justify-content: space-between; }

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from imagen_lightning.metrics.protocol import MADE, Protocol, Value
 from imagen_lightning.report.comparable import ValueColumn, lower_is_better
 from imagen_lightning.report.figures import setting
-from imagen_lightning.report.markup import Html, element, join, number
+from imagen_lightning.report.markup import Html, element, join, measured
 from imagen_lightning.report.page import Cell
 
 _WORDS = {
@@ -51,20 +51,20 @@ def value_cell(column: ValueColumn, row: int) -> Cell:
     value = column.values.get(row)
     if value is None:
         return Cell("–")
-    shown = number(value.value)
+    shown = measured(value.value)
     best = _best(list(column.values.values()))
     text = element("strong", shown) if best is not None and value.value == best else Html(shown)
     if value.low is None or value.high is None:
         return Cell(text, value.value, "no interval known")
-    interval = element("span", f"{number(value.low)} – {number(value.high)}", class_="range")
+    interval = element("span", f"{measured(value.low)} – {measured(value.high)}", class_="range")
     return Cell(
-        join(text, interval), value.value, f"{interval_words(value)}: {number(value.low)} to {number(value.high)}"
+        join(text, interval), value.value, f"{interval_words(value)}: {measured(value.low)} to {measured(value.high)}"
     )
 
 
 def _best(values: Sequence[Value]) -> float | None:
     numbers = [value.value for value in values if value.value == value.value]
-    if len(numbers) < 2:
+    if min(numbers, default=0) == max(numbers, default=0):
         return None
     return min(numbers) if lower_is_better(values[0].metric) else max(numbers)
 

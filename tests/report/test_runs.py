@@ -1,0 +1,145 @@
+"""Run folders are read as plain data, and what is broken is named."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_lightning.errors import InputError
+from imagen_lightning.report.runs import Problems, read_run
+from imagen_lightning.report.sample_sets import open_picture
+from imagen_lightning.report.sources import read_sources
+
+
+def read(folder):
+    problems = Problems()
+    return read_run(folder, problems), [line.replace(str(folder), "RUN") for line in problems.lines]
+
+
+def test_a_whole_run(make, tmp_path):
+    folder = make.run(tmp_path / "run", samples={"steps": (500, 1000)})
+    (folder / "skipped.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n')
+    run, problems = read(folder)
+    assert problems == []
+    assert run.config["model"]["init_args"]["image_size"] == 16
+    assert run.info["git"].endswith("-dirty")
+    assert run.step == 200 * 50 - 1
+    assert list(run.curves["val/loss"].steps[:2]) == [499, 999]
+    assert [item.step for item in run.samples] == [500, 1000]
+    assert run.samples[0].samples[1].key == ("a blue circle", 0, 1)
+    assert run.num_skipped == 2
+
+
+def test_rows_and_cells_that_are_no_numbers_are_counted(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n0,0.5,\n9,nan,0.25\nx,1,1\n19,bad,0.125\n29,0.1\n")
+    run, problems = read(tmp_path)
+    assert problems == ["RUN/metrics.csv: rows or cells that are no numbers are left out: 3"]
+    np.testing.assert_array_equal(run.curves["train/loss"].values, [0.5, np.nan])
+    assert list(run.curves["val/loss"].steps) == [9, 19]
+
+
+BROKEN = {
+    "metrics.csv": ["", "\0\1\2", "time,loss\n1,2\n", b"step,a\n\xff\xfe"],
+    "run.json": ['{"created": "2026', "[1]", "", "[" * 100_000],
+    "config.yaml": ["a: [", "- 1", "!!python/object/apply:os.system [echo]", "a: &a [*a]", b"\xff"],
+    "samples/0000500/samples.json": ['{"step": 5', "[]", '{"step": 500}', '{"images": [{"file": "../../x.png"}]}'],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, item) for name, items in BROKEN.items() for item in items])
+def test_a_broken_file_is_named_and_the_rest_is_read(make, tmp_path, name, content):
+    folder = make.run(tmp_path / "run", samples={"steps": (500, 1000)})
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    run, problems = read(folder)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"RUN/{name}: ")
+    assert bool(run.curves) == (name != "metrics.csv")
+    assert bool(run.config) == (name != "config.yaml")
+    assert bool(run.info) == (name != "run.json")
+    assert len(run.samples) == (1 if name.startswith("samples") else 2)
+
+
+def test_half_written_folders(make, tmp_path):
+    folder = make.run(tmp_path / "run", samples={"steps": (500, 1000)})
+    (folder / "metrics.csv").unlink()
+    (folder / "samples/0001000/samples.json").unlink()
+    _, problems = read(folder)
+    assert problems == [
+        "RUN: no metrics.csv: nothing was logged yet",
+        "RUN/samples/0001000: has no samples.json: half-written, and left out",
+    ]
+
+
+def test_file_names_do_not_lead_out_of_the_folder(make, tmp_path):
+    folder = make.run(tmp_path / "run", samples={"steps": (500,)})
+    path = folder / "samples/0000500/samples.json"
+    for name in ("../0000500/00000.png", "/etc/passwd", "..\\x.png"):
+        content = json.loads(path.read_text())
+        content["images"][0]["file"] = name
+        path.write_text(json.dumps(content))
+        run, problems = read(folder)
+        assert run.samples == []
+        assert "left out" in problems[0]
+
+
+PICKLE = b"cbuiltins\nprint\n(S'executed'\ntR."  # prints a word where it is unpickled
+
+
+def test_nothing_is_unpickled(make, tmp_path, capsys):
+    folder = make.run(tmp_path / "run", samples={"steps": (500,)})
+    (folder / "checkpoints").mkdir()
+    for name in ("checkpoints/last.ckpt", "metrics.csv", "config.yaml", "run.json", "samples/0000500/00000.png"):
+        (folder / name).write_bytes(PICKLE)
+    run, problems = read(folder)
+    assert open_picture(run.samples[0].samples[0].path, lambda *_: None) is None
+    assert len(problems) == 3
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_broken_pictures_are_named(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png", format="BMP")
+    problems = Problems()
+    assert open_picture(tmp_path / "whole.png", problems.add).size == (64, 64)
+    for name in ("cut.png", "other.png", "missing.png"):
+        assert open_picture(tmp_path / name, problems.add) is None
+        assert name in problems.lines[-1]
+
+
+# ---- finding them
+
+
+def test_everything_below_a_folder_is_found_and_named(make, tmp_path):
+    for name in ("q/base", "q/sr", "other/deep/run"):
+        make.run(tmp_path / name)
+    make.matrix(tmp_path / "q/matrix")
+    make.run(tmp_path / "q/base/checkpoints/not_a_run")  # never looked into
+    sources = read_sources([tmp_path / "q", tmp_path / "other", tmp_path / "q/base/metrics.csv"])
+    assert [run.name for run in sources.runs] == ["q/base", "q/sr", "other/deep/run"]
+    assert [found.name for found in sources.evaluations] == ["q/matrix"]
+    assert sources.problems.lines == []
+    assert read_sources([tmp_path / "q"]).title == "q"
+    alone = read_sources([tmp_path / "q/base"])
+    assert (alone.title, alone.runs[0].name) == ("base", "base")
+
+
+def test_what_is_missing_is_named_but_not_fatal(make, tmp_path):
+    make.run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/evaluation.json").write_text("{")
+    sources = read_sources([tmp_path / "run", tmp_path / "empty", tmp_path / "eval", tmp_path / "nowhere"])
+    assert len(sources.runs) == 1
+    for name in ("empty", "eval", "nowhere"):
+        assert any(name in line for line in sources.problems.lines)
+
+
+def test_nothing_left_is_an_input_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "run.json", "metrics.csv"):
+        (tmp_path / "run" / name).write_text("{[")
+    with pytest.raises(InputError, match=r"nothing to report on: .*nowhere.*config.yaml.*run.json.*metrics.csv"):
+        read_sources([tmp_path / "run", tmp_path / "nowhere"])
