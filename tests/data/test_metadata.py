@@ -67,7 +67,7 @@ def write_img2dataset(folder, rows, with_parquet=True, with_json=True):
 
 def read(tar, kept=None):
     shards = Shards([index_shard(tar)])
-    keys = shards.indexes[0].keys
+    keys = list(shards.indexes[0].keys)
     return keys, read_columns(tar, keys, lambda row: shards.read(0, row, METADATA), kept)
 
 
