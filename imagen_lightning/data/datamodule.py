@@ -21,7 +21,7 @@ from imagen_lightning.data.filters import Filter, FilterCounts
 from imagen_lightning.data.metadata import read_columns
 from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step, shards_hash
-from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, expand_shards, index_shard
+from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.data.text_states import TextStates, check_stage, open_text_states
 from imagen_lightning.types import InputError
@@ -184,7 +184,8 @@ class LaionDataModule(PositionedDataModule):
     reach `Batch.text`, and samples without them count as unusable.
 
     Args:
-        train: shards: a path, a folder, a glob, a brace pattern such as `train-{00000..00009}.tar`, or a list of them.
+        train: shards: a path, a folder, a glob, a brace pattern such as `train-{00000..00009}.tar`, an address of one
+            or with braces such as `s3://bucket/train-{00000..00009}.tar`, or a list of them.
         val: shards of the validation set, likewise, read in their order; None validates nothing.
         image_size: side in pixels.
         batch_size: samples of one batch over all processes and before accumulation.
@@ -207,6 +208,11 @@ class LaionDataModule(PositionedDataModule):
         text_states: a folder of text states that `imagen-lightning shards embed` stored, or a glob of such files, for
             training and validation shards alike. They reach `Batch.text` in place of the shards' own (`text.npz`); the
             stage's encoder must be the one that made them, and its weights are not loaded.
+        verify: "sha256" compares each sample with the SHA-256 that its shard's index holds, and skips those that
+            differ; shards without are hashed at setup. "off" trusts the disk.
+        cache: folder for remote shards, and for indexes of shards in folders that cannot be written; None is
+            $IMAGEN_LIGHTNING_CACHE, else `~/.cache/imagen-lightning`. Processes and runs may share it.
+        cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows.
 
     Raises:
         InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples, a
@@ -231,6 +237,9 @@ class LaionDataModule(PositionedDataModule):
         num_val: int | None = None,
         filter: dict[str, Any] | str | None = None,
         text_states: str | Path | None = None,
+        verify: Verify = "off",
+        cache: str | Path | None = None,
+        cache_gb: float = 20.0,
     ) -> None:
         super().__init__()
         if crop not in ("center", "random"):
@@ -253,6 +262,9 @@ class LaionDataModule(PositionedDataModule):
         self.num_val = num_val
         self.filter = filter
         self.text_states = text_states
+        self.verify = verify
+        self.cache = cache
+        self.cache_gb = cache_gb
         self.filter_counts: dict[str, FilterCounts] = {}
         self._filter = Filter.of(filter)
         self.train_skips = SkipLog(max_skip_share)
@@ -281,7 +293,7 @@ class LaionDataModule(PositionedDataModule):
 
     def order(self) -> dict[str, Any]:
         dataset = self.training_set()
-        names = [index.path.stem for index in dataset.shards.indexes]
+        names = [index.stem for index in dataset.shards.indexes]
         sizes = [len(rows) for rows in dataset.rows]
         shards = shards_hash(zip(names, sizes))
         return {**super().order(), "window": self.window, "samples": sum(sizes), "shards": shards}
@@ -339,7 +351,13 @@ class LaionDataModule(PositionedDataModule):
         self, split: str, patterns: str | Path | list[str], skips: SkipLog
     ) -> tuple[Shards, list[np.ndarray], tuple[str, int] | None]:
         """Indexes shards and returns them with the rows that may be used and the stored text states' encoder."""
-        shards = Shards([index_shard(path) for path in expand_shards(patterns)])
+        shards = open_shards(
+            patterns,
+            verify=self.verify,
+            cache=None if self.cache is None else Path(self.cache),
+            cache_bytes=round(self.cache_gb * 1e9),
+            read_ahead=self.window if split == "train" else 1,
+        )
         has_text = self.text_states is None and any(
             (index.spans[:, TEXT_STATES, 0] >= 0).any() for index in shards.indexes
         )
@@ -352,7 +370,7 @@ class LaionDataModule(PositionedDataModule):
             )
             reasons = (Reason.NO_IMAGE, Reason.NO_CAPTION, Reason.NO_TEXT_STATES)
             faults += index.skips
-            faults += [Skip(str(index.path), index.keys[row], reasons[wrong[row] - 1]) for row in np.flatnonzero(wrong)]
+            faults += [Skip(index.shard, index.keys[row], reasons[wrong[row] - 1]) for row in np.flatnonzero(wrong)]
             rows.append(np.flatnonzero(wrong == 0))
         skips.record_index(sum(len(item) for item in rows), faults)
         if self._filter is not None:
@@ -363,12 +381,12 @@ class LaionDataModule(PositionedDataModule):
         """The rows whose metadata meets the filter."""
         counts = self.filter_counts[split] = FilterCounts()
         kept = []
-        for shard, (index, numbers) in enumerate(zip(shards.indexes, rows)):
+        for shard, (path, numbers) in enumerate(zip(shards.paths_beside(), rows)):
             columns = read_columns(
-                index.path,
-                index.keys,
+                path,
+                shards.indexes[shard].keys,
                 partial(shards.read, shard, kind=METADATA),
-                index.path.with_name(f"{index.path.name}.metadata"),
+                path.with_name(f"{path.name}.metadata"),
             )
             mask, removed = filter_.select({name: column[numbers] for name, column in columns.items()}, len(numbers))
             counts.add(removed)

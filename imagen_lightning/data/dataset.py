@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from imagen_lightning.data import shapes
 from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
 from imagen_lightning.data.order import SampleOrder
-from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, NUM_KINDS, TEXT_STATES, Shards
+from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
 from imagen_lightning.data.text_states import TextStates
 from imagen_lightning.images import downsample
@@ -210,6 +210,7 @@ class ShardDataset(Dataset[Sample]):
         self.text_states = text_states
         self._ends = np.cumsum([len(item) for item in self.rows])
         self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
+        self._ahead = (0, 0)  # the positions at which reading ahead is as it should be
 
     def __len__(self) -> int:
         if self.order is not None:
@@ -220,14 +221,33 @@ class ShardDataset(Dataset[Sample]):
         skips: list[Skip] = []
         for attempt in range(_ATTEMPTS if self.order is not None else 1):
             shard, row = self._find(position, attempt)
+            self._read_ahead(position)
             try:
                 sample = self._load(shard, row, position)
             except Unusable as fault:
-                skips.append(Skip(str(self.shards.indexes[shard].path), self.shards.key(shard, row), fault.reason))
+                skips.append(Skip(self.shards.indexes[shard].shard, self.shards.key(shard, row), fault.reason))
             else:
                 sample.skips = tuple(skips)
                 return sample
         return Sample(None, "", "", position, skips=tuple(skips))
+
+    def _read_ahead(self, position: int) -> None:
+        """Has remote shards fetched that the samples of a window's length from here on will need."""
+        if self.shards.cache is None or self._ahead[0] <= position < self._ahead[1]:
+            return
+        size = len(self._ends) if self.order is None else -(-len(self._ends) // self.order.window)
+        length = max(1, int(self._ends[-1]) // size)
+        self._ahead = position, position + max(1, length // 4)
+        needed = dict.fromkeys(shard for shard, _ in self._places(position, length))
+        self.shards.prefetch(list(needed))
+
+    def _places(self, position: int, length: int) -> list[tuple[int, int]]:
+        """The (shard, sample) pairs of so many positions, at most an epoch; without an order as far as there are."""
+        if self.order is None:
+            return [self._find(number, 0) for number in range(position, min(position + length, len(self)))]
+        epoch, place = divmod(position, len(self.order))
+        pairs = self.order.positions(epoch, place, min(place + length, len(self.order)))
+        return pairs + self.order.positions(epoch + 1, 0, length - len(pairs))
 
     def _find(self, position: int, attempt: int) -> tuple[int, int]:
         if self.order is None:
@@ -239,8 +259,8 @@ class ShardDataset(Dataset[Sample]):
         return shard, int(self.rows[shard][number])
 
     def _load(self, shard: int, row: int, position: int) -> Sample:
-        members = [self.shards.read(shard, row, kind) for kind in range(NUM_KINDS)]
-        stem, stored = self.shards.indexes[shard].path.stem, None
+        members = self.shards.sample(shard, row)
+        stem, stored = self.shards.indexes[shard].stem, None
         if self.text_states is not None:
             stored = partial(self.text_states.read, stem)
         image, caption, text = self.decode(members, partial(self._random, position), stored)

@@ -167,6 +167,23 @@ class ShardCache:
             return None
         return index if index.hashed else None
 
+    def path_beside(self, address: str) -> Path:
+        """A path in the cache for files that belong to a shard, where the parquet beside it, if any, has been fetched.
+
+        Raises:
+            InputError: the network fails.
+        """
+        kept = cached_index(address, self.folder)
+        path = kept.with_name(f"{kept.stem.replace('.', '-')}.tar")
+        parquet = path.with_suffix(".parquet")
+        name, mark, query = address.partition("?")
+        beside = f"{name.removesuffix('.tar')}.parquet{mark}{query}"
+        if not parquet.exists():
+            system, place = filesystem(beside)
+            with suppress(FileNotFoundError):
+                write_whole(parquet, self._attempt(lambda: system.cat_file(place), f"table {beside!r}"))
+        return path
+
     def _own_index(self, address: str) -> ShardIndex:
         while (descriptor := self._hold(address, None)) is None:
             self._await_room(address, None, PATIENCE)

@@ -213,6 +213,14 @@ class Shards:
             raise Unusable(Reason.TRUNCATED_SHARD)
         return data
 
+    def paths_beside(self) -> list[Path]:
+        """A path for each shard, where files that belong to it lie or may be put: its own, or one in the cache."""
+        cache = self.cache
+        if cache is None:
+            return [index.path for index in self.indexes]
+        names = [index.shard for index in self.indexes]
+        return list(map_shards(lambda name: cache.path_beside(name) if is_remote(name) else Path(name), names))
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Has remote shards fetched that will be needed, in that order, and lets go of all others."""
         if self.cache is None:
