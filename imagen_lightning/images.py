@@ -51,8 +51,9 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def from_pil(image: Image.Image) -> Tensor:
     """One RGB PIL image to uint8 (3, H, W)."""
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    planes = bytearray().join(image.tobytes("raw", channel) for channel in "RGB")
+    return torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def grid(

@@ -1,17 +1,27 @@
 """Every kind of picture to right RGB; captions; text states; and that damage is always `Unusable`."""
 
+import functools
 import io
 import json
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from imagen_lightning.data import decode
-from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
+from imagen_lightning.data.decode import (
+    decode_captions,
+    decode_fitted,
+    decode_image,
+    decode_text_states,
+    fit,
+    stack_text,
+)
 from imagen_lightning.data.skips import Reason, Unusable
 from imagen_lightning.images import downsample
 
@@ -182,6 +192,123 @@ def test_fit_keeps_small_images_small():
     large = fit(colours(), 32, 1.0, True)
     assert large.shape == (3, 32, 32)
     assert large[:, 16, 28].tolist() == [0, 0, 250]
+
+
+def test_fit_covers_other_than_squares():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    wide = fit(Image.fromarray(pixels), (12, 24))  # 3.75 to 1: 90 x 45 pixels, 7.5 at the top cut off
+    assert wide.shape == (3, 12, 24)
+    exact = fit(Image.fromarray(pixels), (60, 30))
+    assert torch.equal(exact, tensor[:, :, 30:60])
+    assert torch.equal(fit(Image.fromarray(pixels), (60, 90)), tensor)
+    whole = fit(Image.fromarray(pixels), (20, 30))
+    assert (whole.float() - tensor.float().unfold(1, 3, 3).unfold(2, 3, 3).mean((3, 4))).abs().max() <= 1
+    assert reason_of(fit, Image.fromarray(pixels), (61, 30)) == Reason.TOO_SMALL
+    assert fit(Image.fromarray(pixels), (61, 122), 0.5, True).shape == (3, 61, 122)
+
+
+@functools.cache
+def waves(width, height, seed=0):
+    """A smooth picture of all frequencies up to 1/16 of a pixel, different in every direction."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    channels = []
+    for _ in range(3):
+        waves = [
+            np.sin((x * fx + y * fy) / 40 + phase)
+            for fx, fy, phase in zip(*(generator.uniform(-8, 8, (2, 12)) / 3), generator.uniform(0, 6, 12))
+        ]
+        channels.append(sum(waves))
+    picture = np.stack(channels, -1)
+    return Image.fromarray(np.round(127.5 + 127.5 * picture / np.abs(picture).max()).astype(np.uint8))
+
+
+def error(data, *arguments):
+    """Mean absolute difference of the scaled decode from the exact one, and its mean, in levels of 255."""
+    difference = decode_fitted(data, *arguments).int() - decode_fitted(data, *arguments, exact=True).int()
+    return difference.abs().float().mean().item(), difference.float().mean().item()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(768, 768), (1037, 771), (519, 520), (300, 400)])
+def test_scaled_decoding_is_close_to_exact(size, mode):
+    data = encode(waves(*size).convert(mode), "JPEG", quality=90)
+    for place in (0.0, 0.37, 1.0):
+        for target in (64, (48, 88), (64, 32)):
+            mean, bias = error(data, target, place)
+            assert mean < 0.7
+            assert abs(bias) < 0.2
+
+
+def test_scaled_decoding_begins_at_four_pixels_to_one():
+    """Half the size leaves twice the result's, no less."""
+    data = encode(waves(512, 512).filter(ImageFilter.UnsharpMask(4, 300)), "JPEG", quality=95)
+    assert error(data, 129)[0] == 0
+    assert error(data, 128)[0] > 0
+    exact = fit(decode_image(data), 129)
+    assert torch.equal(decode_fitted(data, 129), exact)
+    assert torch.equal(decode_fitted(data, 128, exact=True), fit(decode_image(data), 128))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_decoding_of_turned_pictures(orientation):
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    upright = waves(640, 400)
+    stored = upright.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(stored, "JPEG", quality=95, exif=exif)
+    for target, place in ((64, 0.2), ((32, 64), 0.9), (400, 0.7), ((100, 160), 0.5)):
+        expected = fit(upright, target, place)
+        assert (decode_fitted(data, target, place).float() - expected.float()).abs().mean() < 2
+
+
+def test_scaled_decoding_judges_the_whole_image():
+    data = encode(waves(200, 100), "JPEG")
+    assert reason_of(decode_fitted, data, 101) == Reason.TOO_SMALL
+    assert reason_of(decode_fitted, data, (60, 201)) == Reason.TOO_SMALL
+    assert decode_fitted(data, 100).shape == (3, 100, 100)
+    assert decode_fitted(data, (50, 100)).shape == (3, 50, 100)
+    assert decode_fitted(data, 101, allow_upscale=True).shape == (3, 101, 101)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encode(waves(200, 100), "JPEG", exif=turned)
+    assert decode_fitted(data, (200, 100)).shape == (3, 200, 100)
+    assert reason_of(decode_fitted, data, (100, 200)) == Reason.TOO_SMALL
+    assert reason_of(decode_fitted, encode(waves(64, 64), "PNG"), 65) == Reason.TOO_SMALL
+    assert reason_of(decode_fitted, b"no image", 8) == Reason.UNDECODABLE
+
+
+def test_what_is_no_jpeg_is_decoded_exactly():
+    for format_, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        data = encode(waves(512, 300), format_, **options)
+        assert torch.equal(decode_fitted(data, 64, 0.25), fit(waves(512, 300), 64, 0.25))
+
+
+def test_truncated_and_progressive_jpegs_scaled():
+    whole = encode(waves(512, 512), "JPEG", quality=90)
+    assert reason_of(decode_fitted, whole[: len(whole) // 2], 64) == Reason.TRUNCATED_IMAGE
+    assert error(encode(waves(512, 512), "JPEG", quality=90, progressive=True), 64)[0] < 0.7
+
+
+@pytest.mark.parametrize("name", ["coco-mini-permissive", "flower-photos-128"])
+def test_scaled_decoding_of_photographs(name):
+    folder = Path(__file__).parents[3] / "shared" / "data" / name
+    if not folder.exists():
+        pytest.skip(f"no shards in {folder}")
+    square, whole = [], []
+    with tarfile.open(folder / "heldout-00000.tar") as tar:
+        for member in list(tar)[:30]:
+            if member.name.endswith(".webp"):
+                photo = decode_image(tar.extractfile(member).read())
+                side = min(photo.size)
+                large = photo.resize((512, 512), Image.Resampling.LANCZOS, box=(0, 0, side, side))
+                square.append(error(encode(large, "JPEG", quality=90), 64)[0])
+                large = photo.resize((4 * photo.width, 4 * photo.height), Image.Resampling.LANCZOS)
+                whole.append(error(encode(large, "JPEG", quality=90), 60)[0])
+    assert np.mean(square) < 0.5  # the sizes divide
+    assert np.mean(whole) < 1.5  # where they do not, the area filter itself is uneven at 8 pixels to one
 
 
 @pytest.mark.parametrize(
