@@ -183,7 +183,8 @@ def value_columns(rows: Sequence[Sequence[Value]], compared: Collection[str] = (
     """
     owner = {id(value): number for number, row in enumerate(rows) for value in row}
     flat = [value for row in rows for value in row]
-    metrics = list(dict.fromkeys(value.metric for value in flat))
+    # A metric's parts, "caption accuracy, shape", stand after all whole metrics.
+    metrics = sorted(dict.fromkeys(value.metric for value in flat), key=lambda metric: "," in metric)
     groups = columns(flat, compared)
     groups.sort(key=lambda group: metrics.index(group[0].metric))
     return [

@@ -59,7 +59,7 @@ def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, proble
 
 
 def _table(section: Section, lines: Sequence[Line], several: bool) -> None:
-    names = list(dict.fromkeys(name for line in lines for name in line.row.settings))
+    names = figures.settings_that_vary([line.row.settings for line in lines])
     # What the table shows beside the values it compares; how pictures are measured it never does.
     compared = [name for name in MADE if name in names]
     columns = value_columns([line.values for line in lines], compared)

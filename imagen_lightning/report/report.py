@@ -45,12 +45,12 @@ def build(sources: Sources, most_bytes: int = MOST_BYTES) -> Page:
     if drawn:
         _runs(first, drawn, yardsticks)
     evaluations.add(page, sources.evaluations, sources.problems)
+    _samples(page, sources, drawn, most_bytes)
     groups = _groups(drawn, yardsticks)
     if any(run.curves for run in sources.runs):
         _losses(page, groups)
         _levels(page, groups)
         _metrics(page, drawn, yardsticks)
-    _samples(page, sources, drawn, most_bytes)
     if len(drawn) > 1:
         _differences(page, drawn)
     _environment(page, sources, drawn)

@@ -152,7 +152,5 @@ def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:
                 continue
             steps[name].append(step)
     if bad:
-        problems.add(
-            path, f"rows or cells that are no numbers are left out: {bad}"
-        )
+        problems.add(path, f"rows or cells that are no numbers are left out: {bad}")
     return {name: Curve(np.array(steps[name]), np.array(values[name])) for name in steps if steps[name]}

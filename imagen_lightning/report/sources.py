@@ -69,12 +69,12 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
                 sources.evaluations.append(FoundEvaluation(folder, name, load(folder)))
             except InputError as error:
                 problems.lines.append(f"{error} (left out)")
-        elif is_run(folder):
+        if is_run(folder):
             run = read_run(folder, problems)
             run.name = name
             if not run.is_empty:
                 sources.runs.append(run)
-        else:
+        elif (folder / SAMPLES).is_file():
             drawn = read_drawn(folder, problems.add)
             if drawn is not None:
                 sources.samples.append(FoundSamples(folder, name, drawn))

@@ -23,6 +23,7 @@ html { scroll-padding-top: 3.5rem; }
 body { margin: 0; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 a { color: var(--accent); }
+td code, th code { overflow-wrap: normal; }
 code { font: 0.9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 nav { position: sticky; top: 0; z-index: 20; display: flex; gap: 1rem; align-items: center;
   padding: 0.5rem max(1rem, calc(50vw - 640px)); background: var(--card); border-bottom: 1px solid var(--line); }
@@ -74,7 +75,6 @@ thead th:first-child { left: 0; z-index: 3; }
 tbody tr:hover > * { background: var(--hover); }
 .number { text-align: right; }
 td .range { display: block; color: var(--soft); font-size: 0.8rem; }
-td.wrap, td code, td.long { white-space: normal; }
 .same { color: var(--soft); }
 sup { color: var(--accent); font-size: 0.75em; line-height: 0; margin-left: 0.15em; }
 label.run { display: inline-flex; gap: 0.5rem; align-items: center; cursor: pointer; }

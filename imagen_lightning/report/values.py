@@ -81,20 +81,23 @@ def protocol_list(columns: Sequence[ValueColumn], compared: Collection[str] = ()
         columns: of one table.
         compared: settings that the table shows beside the values.
     """
-    entries = []
+    entries: dict[str, tuple[list[str], list[str]]] = {}  # letters and metrics by what is said of them
     for column in columns:
-        intervals = dict.fromkeys(interval_words(value) for value in column.values.values())
         metric = column.first.metric
+        intervals = dict.fromkeys(interval_words(value) for value in column.values.values())
         words = [protocol_words(column.first.protocol, compared), direction(metric), ", ".join(intervals)]
         first = next(other for other in columns if other.first.metric == metric)
         if first is not column:
             why = ", ".join(first.first.protocol.differences(column.first.protocol, compared))
             words.append(f"apart from {first.letter}, for they differ in {why}")
-        entries += [
-            element("dt", column.letter),
-            element("dd", join(element("b", metric), ": ", "; ".join(word for word in words if word))),
-        ]
-    return element("dl", *entries, class_="protocols")
+        letters, metrics = entries.setdefault("; ".join(word for word in words if word), ([], []))
+        letters.append(column.letter)
+        metrics.append(metric)
+    lines = [
+        (element("dt", " ".join(letters)), element("dd", element("b", "; ".join(metrics)), ": ", words))
+        for words, (letters, metrics) in entries.items()
+    ]
+    return element("dl", *(part for line in lines for part in line), class_="protocols")
 
 
 def protocol_words(protocol: Protocol, without: Collection[str] = MADE) -> str:
