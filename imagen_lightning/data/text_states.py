@@ -107,7 +107,7 @@ def open_text_states(
         InputError: as `TextStates`; or none of the first captions is stored, since others were, or the shard has
             changed.
     """
-    stems = [index.path.stem for index in shards.indexes]
+    stems = [index.stem for index in shards.indexes]
     states = TextStates(files, stems)
     seen: list[str] = []
     for shard, numbers in enumerate(rows):
