@@ -170,7 +170,7 @@ def test_every_sample_once_an_epoch_of_its_bucket(window, batch):
     order = BucketedOrder(buckets, 3, batch, window)
     length = sum(map(len, buckets))
     assert len(order) == length
-    seen = {}
+    seen, epochs, nexts = {}, [], []
     for position in range(0, 12 * length, batch):
         number, pairs = order.bucket(position), order.batch(position)
         assert {buckets[shard][sample] for shard, sample in pairs} == {number}
@@ -180,7 +180,10 @@ def test_every_sample_once_an_epoch_of_its_bucket(window, batch):
         whole = sorted((s, i) for s, items in enumerate(buckets) for i in np.flatnonzero(items == number).tolist())
         for start in range(0, len(pairs) - len(whole) + 1, len(whole)):
             assert sorted(pairs[start : start + len(whole)]) == whole
-        assert abs(len(pairs) / len(whole) - 12) <= 1.01 * batch / len(whole)  # each bucket is at the same epoch
+        epochs.append(Fraction(len(pairs), len(whole)))
+        nexts.append(epochs[-1] + Fraction(batch, len(whole)))
+    assert max(epochs) <= min(nexts)  # all buckets are at the same epoch, to a batch
+    assert abs(max(epochs) - 12) < Fraction(5 * batch, length)
     assert len(seen) == 4
 
 
