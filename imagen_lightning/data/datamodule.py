@@ -6,19 +6,18 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
 import signal
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from imagen_lightning.data.dataset import LoadedBatch, Sample, ShapesDataset, ShardDataset, collate
 from imagen_lightning.data.decode import decode_text_states
-from imagen_lightning.data.filters import Filter, FilterCounts
-from imagen_lightning.data.metadata import read_columns
+from imagen_lightning.data.filters import Filter, FilterCounts, select_rows
+from imagen_lightning.data.index import cache_folder
 from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step, shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
@@ -29,11 +28,25 @@ from imagen_lightning.types import InputError
 log = logging.getLogger(__name__)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """A signal to all processes is the parent's to act on, which may need further batches to finish its step."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def list_skips(trainer: Trainer | None, train: SkipLog, val: SkipLog) -> None:
+    """Has skips listed in `skipped.jsonl` in the trainer's root folder, where one was set."""
+    if trainer is not None and Path(trainer.default_root_dir).resolve() != Path.cwd():
+        for skips in (train, val):
+            skips.list_in(Path(trainer.default_root_dir) / "skipped.jsonl", past=trainer.is_global_zero)
+
+
+def tell_skips(train: SkipLog, val: SkipLog) -> None:
+    """Says how many samples were skipped, and why."""
+    for name, skips in (("training", train), ("validation", val)):
+        if skips.counts:
+            log.warning("%s: %s", name, skips.summary())
 
 
 class PositionedDataModule(LightningDataModule):
@@ -137,7 +150,7 @@ class PositionedDataModule(LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # each iteration draws a seed: not from the global generator
         )
 
@@ -281,15 +294,13 @@ class LaionDataModule(PositionedDataModule):
         if self.trainer is not None:
             sets = [item for item in (self._training_set, self._validation_set) if item is not None]
             check_stage(self.trainer.lightning_module, [(item.text_states, item.text) for item in sets])
-        if self.trainer is not None and Path(self.trainer.default_root_dir).resolve() != Path.cwd():
-            path = Path(self.trainer.default_root_dir) / "skipped.jsonl"
-            for skips in (self.train_skips, self.val_skips):
-                skips.list_in(path, past=self.trainer.is_global_zero)
+        list_skips(self.trainer, self.train_skips, self.val_skips)
 
     def teardown(self, stage: str) -> None:
-        for name, skips in (("training", self.train_skips), ("validation", self.val_skips)):
-            if skips.counts:
-                log.warning("%s: %s", name, skips.summary())
+        tell_skips(self.train_skips, self.val_skips)
+
+    def on_exception(self, exception: BaseException) -> None:
+        tell_skips(self.train_skips, self.val_skips)
 
     def order(self) -> dict[str, Any]:
         dataset = self.training_set()
@@ -379,18 +390,9 @@ class LaionDataModule(PositionedDataModule):
 
     def _filtered(self, split: str, filter_: Filter, shards: Shards, rows: list[np.ndarray]) -> list[np.ndarray]:
         """The rows whose metadata meets the filter."""
-        counts = self.filter_counts[split] = FilterCounts()
-        kept = []
-        for shard, (path, numbers) in enumerate(zip(shards.paths_beside(), rows)):
-            columns = read_columns(
-                path,
-                shards.indexes[shard].keys,
-                partial(shards.read, shard, kind=METADATA),
-                path.with_name(f"{path.name}.metadata"),
-            )
-            mask, removed = filter_.select({name: column[numbers] for name, column in columns.items()}, len(numbers))
-            counts.add(removed)
-            kept.append(numbers[mask])
+        cache = cache_folder() if self.cache is None else Path(self.cache)
+        kept, counts = select_rows(filter_, shards, rows, cache)
+        self.filter_counts[split] = counts
         if self.trainer is None or self.trainer.is_global_zero:
             log.warning("%s: filter: %s", split, counts)
         if not counts.left:

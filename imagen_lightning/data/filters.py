@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imagen_lightning.data.metadata import NUMBERS, WORDS, as_word, blank, known_fields, lacks
+from imagen_lightning.data.metadata import (
+    NUMBERS,
+    WORDS,
+    as_word,
+    blank,
+    column_files,
+    known_fields,
+    lacks,
+    read_columns,
+)
+from imagen_lightning.data.shards import METADATA, Shards
+from imagen_lightning.data.skips import Unusable
 from imagen_lightning.errors import InputError, counted
 
 _RANGES = {"similarity": (-1.0, 1.0), "punsafe": (0.0, 1.0), "pwatermark": (0.0, 1.0)}
@@ -194,6 +207,36 @@ class Filter:
         columns = {name: np.array([value]) for name, value in known_fields(record).items()}
         _, counts = self.select(columns, 1)
         return next((reason for reason, count in counts.removed.items() if count), None)
+
+
+def select_rows(
+    filter_: Filter, shards: Shards, rows: Sequence[np.ndarray], cache: Path
+) -> tuple[list[np.ndarray], FilterCounts]:
+    """Of some rows of each shard those whose metadata meets a filter, and how many each condition removed.
+
+    Args:
+        filter_: the filter.
+        shards: the shards; see `read_columns` for their metadata.
+        rows: numbers of samples, one array a shard.
+        cache: folder in which the metadata is kept where it cannot be beside a shard.
+
+    Raises:
+        InputError: the metadata of a shard cannot be read.
+    """
+    counts = FilterCounts()
+    kept = []
+    for shard, (path, numbers) in enumerate(zip(shards.paths_beside(), rows)):
+        try:
+            keys, read_json = shards.indexes[shard].keys, partial(shards.read, shard, kind=METADATA)
+            columns = read_columns(path, keys, read_json, column_files(path, cache))
+        except Unusable as fault:
+            raise InputError(
+                f"the metadata of {shards.indexes[shard].shard} cannot be read: {fault.reason.value}"
+            ) from None
+        mask, removed = filter_.select({name: column[numbers] for name, column in columns.items()}, len(numbers))
+        counts.add(removed)
+        kept.append(numbers[mask])
+    return kept, counts
 
 
 _EXAMPLE = "'min_side=256,punsafe_max=0.1,language=en'"

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from imagen_lightning.data.index import cached_index, write_whole
 from imagen_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -139,19 +140,19 @@ def as_word(value: object) -> str:
 
 
 def read_columns(
-    path: Path, keys: Sequence[str], read_json: Callable[[int], bytes | None], kept: Path | None = None
+    path: Path, keys: Sequence[str], read_json: Callable[[int], bytes | None], files: Sequence[Path] = ()
 ) -> dict[str, np.ndarray]:
     """The known fields of a shard's samples: numbers in float64 with NaN, words as text with "", where one lacks it.
 
     They come from the parquet that img2dataset writes beside the shard, joined by key, or, where there is none, from
-    the samples' json members; a json that cannot be read says nothing. They are kept in a file, and read from there as
-    long as the shard, the parquet and the keys are the same.
+    the samples' json members; a json that cannot be read says nothing. They are kept in a file (see `column_files`),
+    and read from there as long as the shard, the parquet and the keys are the same.
 
     Args:
-        path: the shard.
+        path: the shard, or where it would lie beside its parquet.
         keys: the names of its samples.
         read_json: number of a sample to the bytes of its json, None where it has none.
-        kept: the file to keep them in; None keeps none.
+        files: where they may be kept, the best place first.
 
     Returns:
         Field to (len(keys),) array, for the fields that at least one sample has.
@@ -166,14 +167,22 @@ def read_columns(
         "parquet": _stamp(parquet),
         "keys": hashlib.sha256("\n".join(keys).encode("utf-8", "surrogatepass")).hexdigest(),
     }
-    columns = None if kept is None else _load(kept, stamp)
+    columns = next((found for file in files if (found := _load(file, stamp)) is not None), None)
     if columns is None:
         columns = _from_parquet(parquet, keys) if parquet.exists() else None
         if columns is None:
             columns = _from_json(len(keys), read_json)
-        if kept is not None:
-            _save(kept, stamp, columns)
+        if files:
+            _save(files, stamp, columns)
     return columns
+
+
+def column_files(path: Path, cache: Path) -> list[Path]:
+    """Where a shard's columns may be kept, the best place first: beside it, and in a cache folder."""
+    return [
+        path.with_name(f"{path.name}.metadata"),
+        cached_index(os.path.abspath(path), cache).with_suffix(".metadata"),
+    ]
 
 
 def _stamp(path: Path) -> str:
@@ -277,8 +286,8 @@ def _present(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {field: column for field, column in plain.items() if not lacks(column).all()}
 
 
-def _save(path: Path, stamp: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
-    """Writes columns whole: words as numbers into the list of those that occur."""
+def _save(files: Sequence[Path], stamp: Mapping[str, str], columns: Mapping[str, np.ndarray]) -> None:
+    """Writes columns to the first file that can be written: words as numbers into the list of those that occur."""
     from safetensors.numpy import save
 
     arrays, words = {}, {}
@@ -288,13 +297,15 @@ def _save(path: Path, stamp: Mapping[str, str], columns: Mapping[str, np.ndarray
             words[field] = kinds.tolist()
         else:
             arrays[field] = column
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save(arrays, {**stamp, "words": json.dumps(words)}))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        log.warning("%s cannot be written (%s): the metadata is read anew each time", path, error.strerror)
+    data = save(arrays, {**stamp, "words": json.dumps(words)})
+    for file in files:
+        try:
+            if not file.parent.exists() or file.parent.stat().st_mode & 0o222:  # else left alone, by root too
+                write_whole(file, data)
+                return
+        except OSError as error:  # noqa: PERF203
+            log.info("%s cannot be written: %s", file, error.strerror)
+    log.warning("the metadata of %s can be kept nowhere and is read anew each time", files[0].stem)
 
 
 def _load(path: Path, stamp: Mapping[str, str]) -> dict[str, np.ndarray] | None:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from imagen_lightning.components import describe_args
 from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
-from imagen_lightning.data.skips import Reason, Skip, SkipLog
+from imagen_lightning.data.shards import Shards
+from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.types import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -290,6 +291,21 @@ def test_too_many_skips_stop_the_run(tmp_path):
     fit(LaionDataModule(shards, image_size=8, batch_size=10, max_skip_share=0.4), tmp_path, 50)
 
 
+def test_skips_are_told_where_an_error_ends_the_run(tmp_path, caplog):
+    class Fail(Recorder):
+        def training_step(self, batch, number):
+            if number == 20:
+                raise RuntimeError("the end")
+            return super().training_step(batch, number)
+
+    shards = write_shards(tmp_path, [40], lambda n, members: {**members, "png": b"broken"} if n == 3 else members)
+    data = LaionDataModule(shards, image_size=8, batch_size=4, max_skip_share=0.1)
+    trainer = Trainer(max_steps=30, limit_val_batches=0, accelerator="cpu", barebones=True)
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="the end"):
+        trainer.fit(Fail(), datamodule=data)
+    assert "training: 1 sample skipped: 1 undecodable image" in caplog.text
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_shards_of_broken_images_stop_at_once(tmp_path, num_workers):
     shards = write_shards(tmp_path, [3], lambda number, members: {**members, "png": b"broken"})
@@ -430,6 +446,17 @@ def test_a_filter_is_written_in_yaml_as_in_a_command(given, filter_):
     parser = ArgumentParser()
     parser.add_class_arguments(LaionDataModule, "data")
     assert parser.parse_args(["--data.train=a.tar", f"--data.filter={given}"]).data.filter == filter_
+
+
+def test_metadata_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    shards = write_shards(tmp_path, [5], described)
+
+    def fail(*_):
+        raise Unusable(Reason.UNREADABLE_SHARD)
+
+    monkeypatch.setattr(Shards, "_pread", fail)
+    with pytest.raises(InputError, match=r"metadata of .*train-000\.tar cannot be read: unreadable shard"):
+        LaionDataModule(shards, filter="language=en").setup("fit")
 
 
 def test_a_filter_on_samples_without_metadata_names_what_is_missing(tmp_path):

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from imagen_lightning.data.filters import Filter
-from imagen_lightning.data.metadata import ALIASES, NUMBERS, WORDS, find_columns, known_fields, read_columns
+from imagen_lightning.data.metadata import (
+    ALIASES,
+    NUMBERS,
+    WORDS,
+    column_files,
+    find_columns,
+    known_fields,
+    read_columns,
+)
 from imagen_lightning.data.shards import METADATA, Shards, index_shard
 from imagen_lightning.errors import InputError
 
@@ -65,10 +73,14 @@ def write_img2dataset(folder, rows, with_parquet=True, with_json=True):
     return folder / "00000.tar"
 
 
-def read(tar, kept=None):
+def read(tar, *files):
     shards = Shards([index_shard(tar)])
     keys = list(shards.indexes[0].keys)
-    return keys, read_columns(tar, keys, lambda row: shards.read(0, row, METADATA), kept)
+    return keys, read_columns(tar, keys, lambda row: shards.read(0, row, METADATA), files)
+
+
+def read_keys(tar):
+    return list(index_shard(tar).keys)
 
 
 @pytest.mark.parametrize("with_parquet", [True, False])
@@ -283,12 +295,27 @@ def test_columns_are_kept_until_a_file_changes(tmp_path):
     assert len(read(tar, kept)[1]["aesthetic"]) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
-    tar = write_img2dataset(tmp_path, img2dataset_rows())
-    with caplog.at_level(logging.WARNING):
-        _, columns = read(tar, tmp_path / "absent" / "kept")
-    assert "cannot be written" in caplog.text
-    assert columns["aesthetic"].tolist() == [5.0, 6.0, 8.0, 9.0]
+def test_columns_of_a_read_only_folder_are_kept_in_the_cache(tmp_path, caplog):
+    folder, cache = tmp_path / "shards", tmp_path / "cache"
+    folder.mkdir()
+    tar = write_img2dataset(folder, img2dataset_rows())
+    files = column_files(tar, cache)
+    folder.chmod(0o555)
+    try:
+        first = read(tar, *files)[1]
+        assert not files[0].exists()
+        assert files[1].parent == cache / "indexes"
+        (folder / "00000.parquet").chmod(0)  # the kept columns do
+        tar.chmod(0o444)
+        again = read_columns(tar, read_keys(tar), lambda row: pytest.fail("read again"), files)
+        np.testing.assert_array_equal(again["aesthetic"], first["aesthetic"])
+        files[1].unlink()
+        with caplog.at_level(logging.WARNING):
+            (folder / "00000.parquet").chmod(0o444)
+            read(tar, files[0])
+        assert "can be kept nowhere" in caplog.text
+    finally:
+        folder.chmod(0o755)
 
 
 def test_every_number_can_be_limited():
