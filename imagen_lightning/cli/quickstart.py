@@ -15,11 +15,17 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagen_lightning.cli.arguments import Parser
 from imagen_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from imagen_lightning.metrics import CaptionAccuracy
 
 STAGES = ("base", "sr")
 PLAN = "quickstart.json"
@@ -82,8 +88,12 @@ def main(argv: list[str]) -> int:
             "sample",
             *(str(cascade), "--prompts", str(prompts), "--seed", str(plan["seed"]), "--out", str(samples)),
         )
-    _report(out, captions)
+    _score(out, captions)
+    page = out / "report.html"
+    if not page.exists() or page.stat().st_mtime < (samples / "evaluation.json").stat().st_mtime:
+        _run("report", str(out), "--out", str(page))
     _say(start, f"done. Pictures: {out / 'samples.png'}; all of them: {samples}")
+    print(f"The report, to open in a browser: {page}")
     print(
         "Try: imagen-lightning sample "
         f'{cascade} --prompt "a small red star above a large blue circle on a white background" --out {out / "mine"}'
@@ -200,8 +210,8 @@ def _captions(seed: int) -> list[str]:
     return [shapes.sample(seed, index, "val")[1] for index in range(half)] + shapes.held_out_captions(half, seed)
 
 
-def _report(out: Path, captions: list[str]) -> None:
-    """Prints and writes caption accuracy, and draws samples.png."""
+def _score(out: Path, captions: list[str]) -> None:
+    """Prints and writes caption accuracy, with its protocol too, and draws samples.png."""
     import torch
     from PIL import Image
 
@@ -224,11 +234,53 @@ def _report(out: Path, captions: list[str]) -> None:
         print(f"{row:14}" + "".join(f"{100 * rates[name]:12.1f}" for name in names))
     print()
     _write_json(out / "caption_accuracy.json", {"num_captions": len(captions), "rates": rows})
+    if not (out / "samples" / "evaluation.json").exists():
+        _save_evaluation(out / "samples", captions, accuracy, unseen)
     half = len(captions) // 2
     chosen = [*range(12), *range(half, half + 12)]
     shown = [pictures[index] for index in chosen]
     rows_of_six = [shown[begin : begin + 6] for begin in range(0, len(shown), 6)]
     save_png(grid(rows_of_six, [captions[index] for index in chosen], cell=160), out / "samples.png")
+
+
+def _save_evaluation(folder: Path, captions: list[str], accuracy: CaptionAccuracy, unseen: Tensor) -> None:
+    """Writes FOLDER/evaluation.json: the accuracy by kind of caption and by attribute, each with its interval."""
+    from imagen_lightning.evaluation.schema import Evaluation, Row, save
+    from imagen_lightning.metrics.confidence import wilson
+    from imagen_lightning.metrics.digests import digest_texts
+    from imagen_lightning.metrics.protocol import Protocol, Value
+    from imagen_lightning.provenance import git_revision, versions
+
+    drawn = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = {
+        name: [stage[name] for stage in drawn["stages"]] for name in ("guidance", "steps", "aug_level")
+    }
+    settings["sampler"] = [stage["sampler"]["class_path"].rpartition(".")[2] for stage in drawn["stages"]]
+    settings["seed"] = drawn["samples"][0]["seed"]
+    made = {"image_size": 64, "weights": "ema", "precision": drawn["precision"], **settings}
+
+    def value(part: str, right: Tensor, chosen: Tensor) -> Value:
+        among = [captions[index] for index in chosen.nonzero().flatten().tolist()]
+        count = int(right[chosen].sum())
+        name = f"caption accuracy{part}"
+        protocol = Protocol(name, num_samples=len(among), prompts=digest_texts(among), **made)
+        return Value(name, count / len(among), *wilson(count, len(among)), protocol, "95% Wilson")
+
+    every = unseen | ~unseen
+    whole, rare = value("", accuracy.all, every), value(", unseen pairs", accuracy.all, unseen)
+    values = [whole, value(", seen pairs", accuracy.all, ~unseen), rare]
+    attributes = ("background", "number", "color", "shape", "size")
+    values += [value(f", {name}", getattr(accuracy, name), every) for name in attributes]
+    if accuracy.has_relation.any():
+        values.append(value(", relation", accuracy.relation, accuracy.has_relation))
+    verdict = (
+        f"{whole.value:.0%} of {len(captions)} held-out captions are shown in every attribute, "
+        f"{rare.value:.0%} of the {int(unseen.sum())} that name a pair never trained on"
+    )
+    row = Row(drawn["stages"][-1]["stage"], "chain", settings, tuple(item.to_json() for item in values))
+    environment = {"versions": versions(), "git": git_revision(), "device": drawn["device"]}
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    save(Evaluation("matrix", drawn["cascade"], created, environment, (row,), verdict), folder)
 
 
 def _run(*arguments: str) -> None:

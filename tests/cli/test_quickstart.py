@@ -11,6 +11,7 @@ from PIL import Image
 from imagen_lightning.cli import quickstart
 from imagen_lightning.data import shapes
 from imagen_lightning.errors import InputError
+from imagen_lightning.evaluation.schema import load
 
 PLAN = {
     "steps": {"base": 4, "sr": 4},
@@ -85,6 +86,15 @@ def test_from_nothing_to_pictures_and_again(short, tmp_path, capfd, monkeypatch)
     rates = json.loads((out / "caption_accuracy.json").read_text())["rates"]
     assert set(rates) == {"all captions", "seen pairs", "unseen pairs"}
     assert Image.open(out / "samples.png").width > 6 * 160
+    assert f"The report, to open in a browser: {out / 'report.html'}" in printed
+    page = (out / "report.html").read_text()
+    assert all(word in page for word in ("super-resolution 16 → 64 px", "95% Wilson", "held-out captions are shown"))
+    (row,) = load(out / "samples").rows
+    values = {value["metric"]: value for value in row.values}
+    for kind, words in (("all captions", ""), ("unseen pairs", ", unseen pairs"), ("seen pairs", ", seen pairs")):
+        assert values[f"caption accuracy{words}"]["value"] == pytest.approx(rates[kind]["all"])
+    for name in ("color", "shape", "relation"):
+        assert values[f"caption accuracy, {name}"]["value"] == pytest.approx(rates["all captions"][name])
 
     assert quickstart.main(["--out", str(out), "--seed", "3"]) == 0
     assert "$ imagen-lightning" not in capfd.readouterr().out  # nothing was left to do
