@@ -43,7 +43,7 @@ def bootstrap_mean(
     return float(ordered[low]), float(ordered[num_resamples - 1 - low])
 
 
-def wilson(successes: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, count: int, *, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927), low and high in [0, 1]; honest also for shares of 0 and 1.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +81,6 @@ class RandomConvFeatures(FeatureExtractor):
         for k, (inputs, outputs) in enumerate(zip((3, *_WIDTHS), _WIDTHS)):
             rows = uniform(self.seed, _STREAM + k, torch.arange(outputs), (inputs * 9 + 1,))
             centred = 2 * rows - 1  # of variance 1/3
-            scale = (6 / (inputs * 9)) ** 0.5
+            scale = math.sqrt(6 / (inputs * 9))
             layers.append(((centred[:, :-1] * scale).reshape(outputs, inputs, 3, 3), centred[:, -1] * 0.5))
         return layers
