@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from imagen_lightning.data.skips import Reason, Skip, Unusable
-from imagen_lightning.data.walk import NUM_KINDS, Arrays, hash_samples, json_fields, walk
+from imagen_lightning.data.walk import CAPTION, IMAGE, METADATA, NUM_KINDS, Arrays, hash_samples, json_fields, walk
 from imagen_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,12 @@ class ShardIndex:
         sample has none."""
         return self.arrays.spans
 
+    def missing(self) -> dict[Reason, int]:
+        """The number of samples without image, and without txt or json."""
+        present = self.spans[:, :, 0] >= 0
+        captioned = present[:, CAPTION] | present[:, METADATA]
+        return {Reason.NO_IMAGE: int((~present[:, IMAGE]).sum()), Reason.NO_CAPTION: int((~captioned).sum())}
+
     def digests(self) -> np.ndarray:
         """(n, 32) uint8: see `hash_samples`.
 
@@ -144,17 +150,18 @@ class ShardIndex:
 
 @lru_cache(maxsize=_NUM_KEPT)
 def _stored_arrays(index: ShardIndex) -> Arrays:
+    file = index.file or Path(f"{index.shard}.index")
+    for stored in read_indexes(index.shard, [file]):
+        if stored.held is not None and index.agrees(stored):
+            return stored.held
+    log.warning("index %s is not what it was; its shard is walked again", file)
     try:
-        stored = parse_index(Path(index.file or "").read_bytes(), index.shard)
-    except (OSError, ValueError) as error:
-        log.warning("index %s has gone or is damaged (%s); its shard is walked again", index.file, error)
-        try:
-            stored = index_shard(index.shard, index.hashed)
-        except InputError:
-            raise Unusable(Reason.UNREADABLE_SHARD) from None
-    if stored.held is None or not index.agrees(stored):
+        walked = index_shard(index.shard, index.hashed)
+    except InputError:
+        raise Unusable(Reason.UNREADABLE_SHARD) from None
+    if walked.held is None or not index.agrees(walked):
         raise Unusable(Reason.UNREADABLE_SHARD)
-    return stored.held
+    return walked.held
 
 
 def index_shard(shard: str | Path, hashes: bool = False) -> ShardIndex:
@@ -204,7 +211,7 @@ def index_bytes(index: ShardIndex) -> bytes:
         "skips": [[skip.key, skip.reason.name] for skip in index.skips],
     }
     metadata["crc32"] = _crc32(metadata, arrays)
-    return safetensors.numpy.save(arrays, {key: json.dumps(value) for key, value in metadata.items()})
+    return safetensors.numpy.save(arrays, {"index": json.dumps(metadata)})  # one entry: safetensors shuffles several
 
 
 def _crc32(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
@@ -223,7 +230,7 @@ def parse_index(data: bytes, shard: str) -> ShardIndex:
     try:
         arrays = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = {key: json.loads(value) for key, value in header["__metadata__"].items()}
+        metadata = json.loads(header["__metadata__"]["index"])
         if metadata["format"] != INDEX_FORMAT:
             raise ValueError(f"its format is {metadata['format']!r}, not {INDEX_FORMAT!r}")
         if metadata.pop("crc32") != _crc32(metadata, arrays):

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from imagen_lightning.data.index import (
     ShardIndex,
     cache_folder,
@@ -29,8 +31,17 @@ from imagen_lightning.data.index import (
 )
 from imagen_lightning.data.remote import expand_addresses, is_remote
 from imagen_lightning.data.shard_cache import PATIENCE, CacheFull, ReadAhead, ShardCache
-from imagen_lightning.data.skips import Reason, Unusable
-from imagen_lightning.data.walk import CAPTION, IMAGE, METADATA, NUM_KINDS, SUFFIXES, TEXT_STATES, hash_sample
+from imagen_lightning.data.skips import Reason, Skip, Unusable
+from imagen_lightning.data.walk import (
+    CAPTION,
+    IMAGE,
+    METADATA,
+    NUM_KINDS,
+    SUFFIXES,
+    TEXT_STATES,
+    hash_sample,
+    hash_samples,
+)
 from imagen_lightning.errors import InputError
 
 __all__ = [
@@ -203,6 +214,25 @@ class Shards:
         """
         offset, length = self.indexes[shard].spans[row, kind].tolist()
         return None if offset < 0 else self._pread(shard, offset, length)
+
+    def damage(self, shard: int) -> list[Skip]:
+        """Reads a whole shard and names the samples that differ from their SHA-256 or cannot be read."""
+        index = self.indexes[shard]
+        try:
+            differ = (hash_samples(self._file(shard), index.spans) != index.digests()).any(1)
+        except OSError:
+            return [Skip(index.shard, "", Reason.UNREADABLE_SHARD)]
+        except Unusable as fault:
+            return [Skip(index.shard, "", fault.reason)]
+        return [Skip(index.shard, index.keys[row], self._fault(shard, row)) for row in np.flatnonzero(differ).tolist()]
+
+    def _fault(self, shard: int, row: int) -> Reason:
+        """Why a sample that differs does so."""
+        try:
+            self.sample(shard, row)
+        except Unusable as fault:
+            return fault.reason
+        return Reason.HASH_MISMATCH
 
     def _pread(self, shard: int, offset: int, length: int) -> bytes:
         try:

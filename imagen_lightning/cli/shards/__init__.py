@@ -8,6 +8,9 @@ from imagen_lightning.cli.arguments import Parser
 
 VERBS = {
     "write": "make shards of a folder or table of captioned images",
+    "index": "find where each sample lies, and take its SHA-256",
+    "verify": "compare every sample with its SHA-256",
+    "embed": "store the text states of captions, so that training loads no T5",
 }
 
 
