@@ -17,8 +17,11 @@ VERBS = {
     "test": ("fit", "run a stage's test loop, if it has one"),
     "predict": ("fit", "run a stage's prediction loop, if it has one"),
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
+    "evaluate": ("evaluate", "measure a cascade and name the stage that costs most, or sweep its settings"),
+    "compare": ("compare", "let a person vote between two cascades, blind"),
     "sample": ("sample", "captions to pictures with a cascade folder"),
     "report": ("report", "one page of runs and evaluations: table, curves, samples side by side"),
+    "verify-resume": ("verify_resume", "prove that a killed run resumes exactly, on this machine and data"),
     "shards": ("shards", "make webdataset shards of captioned images"),
 }
 

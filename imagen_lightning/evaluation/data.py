@@ -1,16 +1,17 @@
-"""Captioned images to evaluate on: the built-in shapes' held-out scenes, or shards."""
+"""What to evaluate on: the built-in shapes' held-out scenes, shards, or a set of prompts without images."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from imagen_lightning.data.dataset import ShapesDataset, ShardDataset
-from imagen_lightning.data.shapes import CANVAS
+from imagen_lightning.data.shapes import CANVAS, parse_caption
 from imagen_lightning.errors import InputError
+from imagen_lightning.evaluation.prompts import PromptSet
 
 SHAPES = "shapes"
 
@@ -22,16 +23,18 @@ class EvaluationSet:
     Attributes:
         name: what the user gave, "shapes" or the shards' names.
         captions: N strings.
-        images: (N, 3, S, S) uint8, S the size of the cascade's last stage.
+        images: (N, 3, S, S) uint8, S the size of the cascade's last stage; None for prompts.
         sha256: of images and captions, in order.
         has_answers: whether the captions are in the shapes' grammar, so that pictures can be checked against them.
+        categories: category to the numbers of its captions, where there are categories.
     """
 
     name: str
     captions: list[str]
-    images: Tensor
+    images: Tensor | None
     sha256: str
     has_answers: bool
+    categories: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -74,6 +77,23 @@ def load_evaluation_set(
     images, captions = torch.stack([image for image, _ in usable]), [caption for _, caption in usable]
     digest = hashlib.sha256(images.numpy().tobytes() + "\n".join(captions).encode())
     return EvaluationSet(name, captions, images, digest.hexdigest(), name == SHAPES)
+
+
+def prompt_evaluation_set(prompts: PromptSet) -> EvaluationSet:
+    """Prompts alone: pictures are measured against them by CLIP, and where all are of the shapes' grammar, by that."""
+    digest = hashlib.sha256("\n".join(prompts.captions).encode())
+    return EvaluationSet(
+        prompts.name, prompts.captions, None, digest.hexdigest(), _are_of_shapes(prompts.captions), prompts.rows()
+    )
+
+
+def _are_of_shapes(captions: list[str]) -> bool:
+    try:
+        for caption in captions:
+            parse_caption(caption)
+    except InputError:
+        return False
+    return True
 
 
 def _shards(name: str, num: int, size: int, caption_field: str | None) -> ShardDataset:

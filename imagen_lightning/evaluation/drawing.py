@@ -150,32 +150,36 @@ class Drawing:
         facts = {
             "cascade": self.identity,
             "captions": hashlib.sha256("\n".join(self.data.captions).encode()).hexdigest(),
-            "images": self.data.sha256 if self.real(chain.first) is not None else None,
+            "images": None if self.takes_text_alone(chain.first) else self.data.sha256,
             "seed": self.seed,
             "precision": self.precision,
             "first": chain.first,
             "settings": [setting.described() for setting in chain.settings],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
-        kind = "text" if chain.last == 0 and self.real(0) is None else "real" if chain.first == chain.last else "chain"
+        kind = "chain"
+        if chain.first == chain.last:
+            kind = "text" if self.takes_text_alone(chain.first) else "real"
         return f"{self.cascade.names[chain.last]}-{kind}-{digest}"
+
+    def takes_text_alone(self, stage: int) -> bool:
+        """Whether a stage is a base."""
+        return getattr(self.cascade.stages[stage], "low_res_size", None) is None
 
     def real(self, stage: int) -> Tensor | None:
         """The real images at the size that a stage takes; None for a base."""
-        size = getattr(self.cascade.stages[stage], "low_res_size", None)
-        return None if size is None else self.truth(size)
+        return None if self.takes_text_alone(stage) else self.truth(self.cascade.stages[stage].low_res_size)  # type: ignore[attr-defined]
 
-    def truth(self, size: int) -> Tensor:
-        """(N, 3, size, size) uint8: the real images by the area filter."""
-        if size == self.data.images.shape[-1]:
+    def truth(self, size: int) -> Tensor | None:
+        """(N, 3, size, size) uint8: the real images by the area filter; None where there are none."""
+        if self.data.images is None or size == self.data.images.shape[-1]:
             return self.data.images
         return to_uint8(downsample(to_float(self.data.images), size))
 
     def evaluations(self, chain: Chain) -> int:
-        """Network evaluations that are left for this process to draw the chain, what it shares with others included."""
-        before = chain.before()
+        """Network evaluations that are left for this process to draw the chain's last stage."""
         missing = sum(bool(self._missing(self.name(chain), rows)) for rows in self._batches())
-        return missing * chain.settings[-1].steps + (self.evaluations(before) if before is not None else 0)
+        return missing * chain.settings[-1].steps
 
     def _batches(self) -> list[slice]:
         return self.part.batches(len(self.data), self.batch_size)

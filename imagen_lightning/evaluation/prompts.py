@@ -80,8 +80,11 @@ def read_prompts(path: str | Path) -> PromptSet:
 
 def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, str]]:
     # Published TSVs quote nothing: a quotation mark there belongs to the prompt.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    lines = io.StringIO(text, newline="")
+    if delimiter == "\t":
+        reader = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.DictReader(lines)
     names = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
     prompt = next((names[name] for name in _PROMPT_COLUMNS if name in names), None)
     category = next((names[name] for name in _CATEGORY_COLUMNS if name in names), None)

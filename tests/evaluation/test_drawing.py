@@ -50,7 +50,8 @@ def test_what_is_drawn_is_not_drawn_again(cascade, draw):
     evaluations = []
     drawing = draw(progress=lambda done, what: evaluations.append(what))
     chain = whole(cascade)
-    assert drawing.evaluations(chain) == 3 * 3 + 3 * 2  # three batches of the base's 3 steps and the other's 2
+    assert drawing.evaluations(chain) == 3 * 2  # three batches of 2 steps
+    assert drawing.evaluations(chain.before()) == 3 * 3
     first = drawing.draw(chain)
     assert len(evaluations) == 15
     (first.folder / "00003.png").unlink()  # as if it had been stopped there

@@ -1,0 +1,147 @@
+"""`imagen-lightning compare A B --prompts FILE --out DIR`: a person votes between two cascades, blind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from imagen_lightning.cli.arguments import Parser, one_or_each
+from imagen_lightning.errors import InputError, counted
+
+
+def parser() -> Parser:
+    made = Parser(
+        "compare",
+        description="Draws the same prompts and seeds with two cascades and serves a local page on which a person "
+        "votes, without knowing which is which (DrawBench's protocol). Votes are saved as they fall; the same command "
+        "goes on.",
+    )
+    made.add_argument("a", metavar="A", help="a cascade folder")
+    made.add_argument("b", metavar="B", help="another")
+    made.add_argument(
+        "--prompts", required=True, metavar="FILE", help="partiprompts .tsv, drawbench .csv, geneval .jsonl, or lines"
+    )
+    made.add_argument("--out", required=True, type=Path, metavar="DIR", help="new, or that of the same comparison")
+    made.add_argument("--num", type=int, metavar="N", help="prompts, evenly spaced (default: all)")
+    made.add_argument("--num-images", type=int, default=4, metavar="N", help="images of a prompt (default %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of noise, order and sides (default 0)")
+    made.add_argument("--guidance", type=one_or_each(float), metavar="3,1", help="of both (default: each one's own)")
+    made.add_argument("--steps", type=one_or_each(int), metavar="25,15", help="of both (default: each one's own)")
+    made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
+    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
+    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
+    made.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    made.add_argument("--result", action="store_true", help="only print the result of the votes so far")
+    made.add_trust()
+    return made
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+    if min(arguments.num_images, arguments.batch_size) < 1 or (arguments.num is not None and arguments.num < 1):
+        raise InputError("--num, --num-images and --batch-size must be at least 1")
+    from imagen_lightning.evaluation.compare import VOTES, BallotServer
+    from imagen_lightning.evaluation.prompts import read_prompts
+    from imagen_lightning.evaluation.votes import Ballot
+    from imagen_lightning.report.ballot_page import ballot_page
+
+    prompts = read_prompts(arguments.prompts).first(arguments.num)
+    _begin(arguments.out, _plan(arguments, prompts.captions), start=not arguments.result)
+    ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
+    if not arguments.result:
+        _draw(arguments, prompts.captions)
+        with BallotServer(
+            arguments.out, ballot, prompts.captions, arguments.num_images, ballot_page(), arguments.port
+        ) as server:
+            print(f"Vote at {server.url} (arrow keys); Ctrl-C ends and prints the result", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+    _tell(arguments, ballot, prompts.rows())
+    return 0
+
+
+def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
+    from imagen_lightning.metrics.digests import digest_texts
+
+    names = ("a", "b", "num_images", "seed", "guidance", "steps", "precision")
+    return {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
+
+
+def _begin(out: Path, plan: dict[str, Any], start: bool) -> None:
+    """Makes `out`, or checks that it holds this very comparison."""
+    from imagen_lightning.evaluation.compare import PLAN
+    from imagen_lightning.files import write_json
+
+    path = out / PLAN
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{path} cannot be read; give another --out") from None
+        for key, value in plan.items():
+            if found.get(key) != value:
+                raise InputError(
+                    f"--out {str(out)!r} holds another comparison: its {key} is {found.get(key)!r}, this one's "
+                    f"{value!r}; give another folder"
+                )
+    elif not start:
+        raise InputError(f"--out {str(out)!r} holds no comparison yet; run without --result first")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {str(out)!r} is not empty and holds no comparison; give another folder")
+    else:
+        write_json(path, plan)
+
+
+def _draw(arguments: Any, captions: list[str]) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from imagen_lightning.cascade import Cascade
+    from imagen_lightning.evaluation.compare import draw
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = {name: getattr(arguments, name) for name in ("guidance", "steps", "precision")}
+    with tqdm(total=2 * len(captions) * arguments.num_images, unit=" images") as bar:
+        for name in ("a", "b"):
+            cascade = Cascade.load(getattr(arguments, name), device, trust=arguments.trust)
+            bar.set_description(f"drawing {name.upper()}")
+            draw(
+                cascade,
+                captions,
+                arguments.out,
+                name,
+                arguments.num_images,
+                arguments.seed,
+                arguments.batch_size,
+                settings,
+                bar.update,
+            )
+
+
+def _tell(arguments: Any, ballot: Any, categories: dict[str, list[int]]) -> None:
+    from imagen_lightning.evaluation.compare import RESULT
+    from imagen_lightning.evaluation.votes import preferences
+    from imagen_lightning.files import write_json
+
+    votes = list(ballot.votes.values())
+    overall = preferences(votes)
+    by_category = {name: preferences(votes, rows) for name, rows in categories.items()}
+    result = {
+        "a": arguments.a,
+        "b": arguments.b,
+        "votes": len(votes),
+        "preferences": [vars(item) for item in overall],
+        "categories": {name: [vars(item) for item in items] for name, items in by_category.items() if items},
+    }
+    write_json(arguments.out / RESULT, result)
+    print(f"A is {arguments.a}, B is {arguments.b}; {counted(len(votes), 'vote')}")
+    for item in overall:
+        print(item.sentence())
+    for name, items in by_category.items():
+        for item in items:
+            print(f"  {name}, {item.sentence()}")
+    print(f"Wrote {arguments.out / RESULT}")
