@@ -150,7 +150,7 @@ def check_stage(module: object, stored: Iterable[tuple[TextStates | None, tuple[
         InputError: the encoders differ, or the stage has none; with both values.
     """
     text = getattr(module, "text", None)
-    if not hasattr(text, "encoder"):
+    if text is None or not hasattr(text, "encoder"):
         return
     encoder: TextEncoder | None = text.encoder
     wanted: dict[str, str] = {}

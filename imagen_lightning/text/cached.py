@@ -38,7 +38,7 @@ DTYPES = ("float16", "int8")
 
 _DIGEST = 16
 _NAMES = {"float16": "F16", "int8": "I8"}
-_TYPES = {
+_TYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
