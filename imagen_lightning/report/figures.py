@@ -284,9 +284,10 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def setting(value: Any) -> str:
-    """A setting's value: one, or one a stage."""
+    """A setting's value: one, or one a stage where these differ."""
     if isinstance(value, list | tuple):
-        return " / ".join(setting(item) for item in value)
+        parts = [setting(item) for item in value]
+        return " / ".join(parts if len(set(parts)) > 1 else parts[:1])
     if value is None:
         return "–"
     return number(float(value)) if isinstance(value, float | int) and not isinstance(value, bool) else str(value)

@@ -115,6 +115,7 @@ thead th input { margin: 0 0.6rem 0 0; }
 .samples thead small { display: block; font-weight: 400; color: var(--soft); }
 .samples img, .samples .blank { width: var(--cell); height: var(--cell); border-radius: 6px; display: block;
   object-fit: contain; }
+.samples img { outline: 1px solid var(--line); outline-offset: -1px; }
 .samples .blank { border: 1px dashed var(--line); color: var(--soft); font-size: 0.8rem; padding: 0.5rem;
   white-space: normal; }
 @media (max-width: 640px) { section { padding: 0.9rem 0.8rem; } .samples tbody th { min-width: 7rem; } }

@@ -39,7 +39,7 @@ def test_labels_name_what_varies():
     rows = [{"guidance": [g, 1], "steps": [n, 15], "seed": 0, "sampler": "ddim"} for g in (1, 2.5) for n in (10, 25)]
     assert figures.labels(rows) == [f"guidance {g:g}, steps {n}" for g in (1, 2.5) for n in (10, 25)]
     both = [{"guidance": [1, 1]}, {"guidance": [2, 2]}, {"guidance": [2, 3]}]
-    assert figures.labels(both) == ["guidance 1 / 1", "guidance 2 / 2", "guidance 2 / 3"]
+    assert figures.labels(both) == ["guidance 1", "guidance 2", "guidance 2 / 3"]
     assert figures.labels([{"steps": 10}, {"aug_level": 0.1}]) == ["steps 10, aug level –", "steps –, aug level 0.1"]
 
 
