@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from imagen_lightning.data.buckets import bucket_sizes, bucketed_order
 from imagen_lightning.data.dataset import LoadedBatch, Sample, ShapesDataset, ShardDataset, collate
 from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.filters import Filter, FilterCounts, select_rows
 from imagen_lightning.data.index import cache_folder
-from imagen_lightning.data.order import PositionBatchSampler, SampleOrder
+from imagen_lightning.data.order import BucketedOrder, PositionBatchSampler, SampleOrder
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step, shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
@@ -191,22 +192,25 @@ class ShapesDataModule(PositionedDataModule):
 class LaionDataModule(PositionedDataModule):
     """Captioned images from tar shards in webdataset's layout: jpg, png or webp with txt or json captions.
 
-    Images are resized by the shorter side with the area filter and cropped square. Samples that cannot be used are
-    counted, logged, and listed in `skipped.jsonl` in the trainer's root folder where one was set; in training another
-    sample of the window, fixed by the position, stands in. Where samples hold stored text states (`text.npz`), these
-    reach `Batch.text`, and samples without them count as unusable.
+    Images become sRGB, are resized by the shorter side with the area filter and cropped square. Samples that cannot be
+    used are counted, logged, and listed in `skipped.jsonl` in the trainer's root folder where one was set; in training
+    another sample of the window, fixed by the position, stands in. Where samples hold stored text states (`text.npz`),
+    these reach `Batch.text`, and samples without them count as unusable.
 
     Args:
         train: shards: a path, a folder, a glob, a brace pattern such as `train-{00000..00009}.tar`, an address of one
             or with braces such as `s3://bucket/train-{00000..00009}.tar`, or a list of them.
         val: shards of the validation set, likewise, read in their order; None validates nothing.
-        image_size: side in pixels.
+        image_size: side in pixels; with crop "bucket" the square root of the area.
         batch_size: samples of one batch over all processes and before accumulation.
         seed: of the order, of random crops and flips, and of the choice among captions.
         num_workers: loader processes of each process.
         caption_field: the json field that holds the caption or a list of captions; None takes the txt, and json's
             "caption" where there is no txt. Of several captions (lines of the txt) one is drawn by (seed, position).
-        crop: "center", or "random" along the longer side (training only).
+        crop: "center"; "random" along the longer side (training only); or "bucket" (training only): images keep their
+            aspect, each batch has one of several sizes of about the area of image_size squared (see `bucket_sizes`),
+            and what is over the nearest of them is cropped at its centre. Each sample still comes once an epoch of its
+            bucket; a bucket of fewer samples than a batch goes to its neighbour. Validation stays square.
         random_flip: mirror half of the training images; wrong where captions speak of left and right.
         allow_upscale: enlarge images whose shorter side is below image_size; otherwise they are skipped.
         text_encoder: the encoder's name that stored text states must bear; None takes that of the first sample.
@@ -226,6 +230,11 @@ class LaionDataModule(PositionedDataModule):
         cache: folder for remote shards, and for indexes of shards in folders that cannot be written; None is
             $IMAGEN_LIGHTNING_CACHE, else `~/.cache/imagen-lightning`. Processes and runs may share it.
         cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows.
+        decode: "fast" decodes JPEGs of four or more times the size at a half, a quarter or an eighth of their own (see
+            `decode_fitted`); "exact" at full size. Other formats are always decoded exactly. Validation does as
+            training does, since a model is judged on the pictures that it was taught to make.
+        bucket_step: sides of buckets are multiples of it, a divisor of image_size; None takes an eighth. The network
+            must divide by what its levels ask, and a super-resolution stage's low-resolution image come out whole.
 
     Raises:
         InputError: an argument out of range; at setup, shards that match nothing or hold too few usable samples, a
@@ -241,7 +250,7 @@ class LaionDataModule(PositionedDataModule):
         seed: int = 0,
         num_workers: int = 0,
         caption_field: str | None = None,
-        crop: Literal["center", "random"] = "center",
+        crop: Literal["center", "random", "bucket"] = "center",
         random_flip: bool = False,
         allow_upscale: bool = False,
         text_encoder: str | None = None,
@@ -253,10 +262,14 @@ class LaionDataModule(PositionedDataModule):
         verify: Verify = "off",
         cache: str | Path | None = None,
         cache_gb: float = 20.0,
+        decode: Literal["fast", "exact"] = "fast",
+        bucket_step: int | None = None,
     ) -> None:
         super().__init__()
-        if crop not in ("center", "random"):
-            raise InputError(f"crop {crop!r} is unknown; give 'center' or 'random'")
+        if crop not in ("center", "random", "bucket"):
+            raise InputError(f"crop {crop!r} is unknown; give 'center', 'random' or 'bucket'")
+        if decode not in ("fast", "exact"):
+            raise InputError(f"decode {decode!r} is unknown; give 'fast' or 'exact'")
         if image_size < 1 or (num_val is not None and num_val < 1):
             raise InputError(f"image_size {image_size}, num_val {num_val}: both must be at least 1")
         self.train = train
@@ -278,6 +291,9 @@ class LaionDataModule(PositionedDataModule):
         self.verify = verify
         self.cache = cache
         self.cache_gb = cache_gb
+        self.decode = decode
+        self.bucket_step = bucket_step
+        self._sizes = bucket_sizes(image_size, bucket_step) if crop == "bucket" else []
         self.filter_counts: dict[str, FilterCounts] = {}
         self._filter = Filter.of(filter)
         self.train_skips = SkipLog(max_skip_share)
@@ -307,15 +323,25 @@ class LaionDataModule(PositionedDataModule):
         names = [index.stem for index in dataset.shards.indexes]
         sizes = [len(rows) for rows in dataset.rows]
         shards = shards_hash(zip(names, sizes))
-        return {**super().order(), "window": self.window, "samples": sum(sizes), "shards": shards}
+        order = {**super().order(), "window": self.window, "samples": sum(sizes), "shards": shards}
+        if isinstance(dataset.order, BucketedOrder):
+            # A position then depends on the batches before it.
+            order |= {"batch_size": self.batch_size, "buckets": dataset.order.digest()}
+        return order
 
     def training_set(self) -> ShardDataset:
         if self._training_set is None:
             shards, rows, text = self._open("train", self.train, self.train_skips)
+            settings = self.seed, self.batch_size, self.window
+            order: SampleOrder | BucketedOrder
+            if self._sizes:
+                order = bucketed_order(shards, rows, self._sizes, *settings)
+            else:
+                order = SampleOrder([len(item) for item in rows], *settings)
             self._training_set = ShardDataset(
                 shards,
                 rows,
-                SampleOrder([len(item) for item in rows], self.seed, self.batch_size, self.window),
+                order,
                 self.image_size,
                 self.seed,
                 self.caption_field,
@@ -324,6 +350,8 @@ class LaionDataModule(PositionedDataModule):
                 self.random_flip,
                 self.allow_upscale,
                 text_states=self._text_states(shards, rows),
+                exact=self.decode == "exact",
+                sizes=self._sizes,
             )
         return self._training_set
 
@@ -343,8 +371,15 @@ class LaionDataModule(PositionedDataModule):
                 allow_upscale=self.allow_upscale,
                 num_samples=self.num_val,
                 text_states=self._text_states(shards, rows),
+                exact=self.decode == "exact",
             )
         return self._validation_set
+
+    def _begin(self) -> int:
+        begin = super()._begin()
+        if self._sizes:  # where on_change "warn" let another batch size pass
+            self._stepped = self._handed = begin = begin - begin % self.batch_size
+        return begin
 
     def val_dataloader(self) -> Any:
         return [] if self.val is None else super().val_dataloader()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imagen_lightning.data import shapes
-from imagen_lightning.data.decode import decode_captions, decode_image, decode_text_states, fit, stack_text
-from imagen_lightning.data.order import SampleOrder
+from imagen_lightning.data.decode import decode_captions, decode_fitted, decode_text_states, stack_text
+from imagen_lightning.data.order import BucketedOrder, SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
 from imagen_lightning.data.text_states import TextStates
@@ -82,6 +82,7 @@ class Decoder:
         random_crop: crop the longer side anywhere, not at its centre.
         random_flip: mirror half of the images.
         allow_upscale: enlarge images that are too small.
+        exact: decode large JPEGs at full size (see `decode_fitted`).
     """
 
     image_size: int
@@ -90,12 +91,14 @@ class Decoder:
     random_crop: bool = False
     random_flip: bool = False
     allow_upscale: bool = False
+    exact: bool = False
 
     def __call__(
         self,
         members: Sequence[bytes | None],
         random: Callable[[int], np.random.Generator],
         stored: Callable[[str], Text] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, str, Text | None]:
         """The image (3, H, W) uint8, the caption, and its text states if any.
 
@@ -103,6 +106,7 @@ class Decoder:
             members: by kind, IMAGE, CAPTION, METADATA and TEXT_STATES; None where the sample has none.
             random: gives the generator of each random choice, by its number.
             stored: from a caption to its text states, where they do not lie in the sample.
+            size: height and width in pixels, where they are not image_size.
 
         Raises:
             Unusable: a member is missing or cannot be used.
@@ -115,12 +119,8 @@ class Decoder:
         if self.text is None and len(captions) > 1:
             caption = captions[random(_CAPTION).integers(len(captions))]
         text = self._text(members[TEXT_STATES]) if stored is None else stored(caption)
-        picture = fit(
-            decode_image(image),
-            self.image_size,
-            random(_PLACE).random() if self.random_crop else 0.5,
-            self.allow_upscale,
-        )
+        place = random(_PLACE).random() if self.random_crop else 0.5
+        picture = decode_fitted(image, size or self.image_size, place, self.allow_upscale, self.exact)
         if self.random_flip and random(_FLIP).random() < 0.5:
             picture = picture.flip(-1)
         return picture, caption, text
@@ -184,13 +184,15 @@ class ShardDataset(Dataset[Sample]):
         allow_upscale: enlarge images that are too small.
         num_samples: without an order, the number of samples, taken evenly spaced; None takes all.
         text_states: the captions' stored states, in files beside the shards.
+        exact: decode large JPEGs at full size.
+        sizes: (height, width) of each bucket of a `BucketedOrder`, in place of image_size.
     """
 
     def __init__(
         self,
         shards: Shards,
         rows: Sequence[np.ndarray],
-        order: SampleOrder | None,
+        order: SampleOrder | BucketedOrder | None,
         image_size: int,
         seed: int = 0,
         caption_field: str | None = None,
@@ -200,13 +202,16 @@ class ShardDataset(Dataset[Sample]):
         allow_upscale: bool = False,
         num_samples: int | None = None,
         text_states: TextStates | None = None,
+        exact: bool = False,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.shards = shards
         self.rows = list(rows)
         self.order = order
         self.seed = seed
         self.text = text
-        self.decode = Decoder(image_size, caption_field, text, random_crop, random_flip, allow_upscale)
+        self.decode = Decoder(image_size, caption_field, text, random_crop, random_flip, allow_upscale, exact)
+        self.sizes = list(sizes)
         self.text_states = text_states
         self._ends = np.cumsum([len(item) for item in self.rows])
         self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
@@ -263,7 +268,8 @@ class ShardDataset(Dataset[Sample]):
         stem, stored = self.shards.indexes[shard].stem, None
         if self.text_states is not None:
             stored = partial(self.text_states.read, stem)
-        image, caption, text = self.decode(members, partial(self._random, position), stored)
+        size = self.sizes[self.order.bucket(position)] if isinstance(self.order, BucketedOrder) else None
+        image, caption, text = self.decode(members, partial(self._random, position), stored, size)
         key = f"{stem}/{self.shards.key(shard, row)}"
         return Sample(image, caption, key, position, text, self.text_states.empty if self.text_states else None)
 

@@ -129,6 +129,20 @@ def fit(image: Image.Image, size: int | tuple[int, int], place: float = 0.5, all
     return _cut(image, _window(image.size, size, place, allow_upscale), 1)
 
 
+def size_from_header(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> tuple[int, int]:
+    """Width and height of an image upright, from its header and EXIF tag, without decoding it; of a file's beginning
+    where the header is whole.
+
+    Raises:
+        Unusable: not an image of these formats, or of more than MAX_PIXELS.
+    """
+    with _faults():
+        image = _open(data, formats)
+        # for the orientation of others Pillow may have to decode them
+        turned = isinstance(image, JpegImageFile) and _orientation(image) in _TURNED
+        return image.size[::-1] if turned else image.size
+
+
 class _Window(NamedTuple):
     """What of an image is kept, in its pixels, and the size it is brought to."""
 

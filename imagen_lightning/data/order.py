@@ -6,6 +6,7 @@ the number of processes, workers or prefetched batches. Training batches run acr
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -187,6 +188,13 @@ class BucketedOrder:
     def __len__(self) -> int:
         """Samples of one epoch."""
         return len(self._whole)
+
+    def digest(self) -> str:
+        """12 hexadecimal digits of which sample is in which bucket."""
+        whole = hashlib.sha256()
+        for numbers in self.buckets:
+            whole.update(len(numbers).to_bytes(8, "little") + numbers.astype("<u4").tobytes())
+        return whole.hexdigest()[:12]
 
     def bucket(self, position: int) -> int:
         """The number of the bucket of the batch that a position lies in."""
