@@ -1,14 +1,19 @@
 """Captioned images: shards, the order in which a run sees them, decoding, and the DataModules."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["LaionDataModule", "ShapesDataModule"]
+_MODULES = {
+    "LaionDataModule": "datamodule",
+    "ShapesDataModule": "datamodule",
+    "StreamingLaionDataModule": "stream_datamodule",
+}
+
+__all__ = ["LaionDataModule", "ShapesDataModule", "StreamingLaionDataModule"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the DataModules need lightning, drawing shapes and writing shards do not.
-    if name in __all__:
-        from imagen_lightning.data import datamodule
-
-        return getattr(datamodule, name)
+    if name in _MODULES:
+        return getattr(import_module(f"imagen_lightning.data.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
