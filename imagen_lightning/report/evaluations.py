@@ -13,7 +13,7 @@ from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.metrics.protocol import MADE, Value
 from imagen_lightning.report import figures
 from imagen_lightning.report.comparable import value_columns
-from imagen_lightning.report.markup import element, join, number
+from imagen_lightning.report.markup import element, number
 from imagen_lightning.report.page import Cell, Column, Page, Section, details, encode, image, table
 from imagen_lightning.report.runs import Problems
 from imagen_lightning.report.sample_sets import open_picture
@@ -102,7 +102,8 @@ def _pictures(section: Section, lines: Sequence[Line], problems: Problems) -> No
         picture = open_picture(Path(line.source.folder, str(line.row.samples)), problems.add)
         if picture is None:
             continue
-        title = join(line.source.name, line.row.stage, _OF_ALL_STAGES.get(line.row.input or ""), between=", ")
+        words = line.source.name, line.row.stage, _OF_ALL_STAGES.get(line.row.input or "")
+        title = ", ".join(word for word in words if word)
         shown.append(details(title, image(encode(picture, PICTURE_SIDE), f"Samples of {title}")))
     if shown:
         more = len(wanted) - MOST_PICTURES
@@ -136,6 +137,6 @@ def _pareto(page: Page, lines: Sequence[Line]) -> None:
     section.add(
         element("p", "Each point is an operating point; the line joins those that no other beats.", class_="hint")
     )
-    for (x, y, *_), found in plots.items():
+    for (x_metric, y_metric, *_), found in plots.items():
         names = ", ".join(dict.fromkeys(style.name for style, _ in found))
-        section.figure(figures.pareto(found), f"{y} against {x}", names, height=460)
+        section.figure(figures.pareto(found), f"{y_metric} against {x_metric}", names, height=460)

@@ -274,10 +274,11 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells operating points apart, in few words: "guidance 2, steps 25"; of a setting a stage, what varies."""
     parts: list[list[str]] = [[] for _ in rows]
     for name in settings_that_vary(rows):
-        values = [row.get(name) for row in rows]
-        if all(isinstance(value, list | tuple) for value in values) and len({len(value) for value in values}) == 1:
-            stages = [column for column in zip(*values) if len(set(map(repr, column))) > 1]
-            values = [list(value) for value in zip(*stages)]
+        values: list[Any] = [row.get(name) for row in rows]
+        lists = [value for value in values if isinstance(value, list | tuple)]
+        if len(lists) == len(values) and len({len(value) for value in lists}) == 1:
+            stages = [column for column in zip(*lists) if len(set(map(repr, column))) > 1]
+            values = list(zip(*stages))
         for part, value in zip(parts, values):
             part.append(f"{name.replace('_', ' ')} {setting(value)}")
     return [", ".join(part) for part in parts]

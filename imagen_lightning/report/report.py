@@ -179,9 +179,10 @@ def _metrics(page: Page, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequenc
         return
     section = page.section("Metrics", "metrics")
     shown = []
-    for (metric, key), runs in sorted(groups.items(), key=lambda item: item[0][0]):
+    for place, runs in sorted(groups.items(), key=lambda item: item[0][0]):
+        metric = place[0]
         alone = sum(other == metric for other, _ in groups) == 1
-        title = metric if alone else f"{metric}, {labels[metric, key]}"
+        title = metric if alone else f"{metric}, {labels[place]}"
         curves = [(style, run.curves[metric]) for style, run in runs]
         shown.append(page.plot(figures.curves(curves), title, switches=["log"]))
     section.add(element("div", *shown, class_="plots"))
