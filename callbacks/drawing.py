@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def validation_pictures(trainer: pl.Trainer, stage: DiffusionMixin, num: int, wh
     source = trainer.datamodule  # type: ignore[attr-defined]
     with untouched_rng():
         # Not the loader of validation: in a run of several processes that gives each a part.
-        dataset = None if source is None or not _validates(source) else source.validation_set()
+        dataset: Any = None if source is None or not _validates(source) else source.validation_set()
         for position in range(0 if dataset is None else len(dataset)):
             sample = dataset[position]
             if sample.image is not None:
