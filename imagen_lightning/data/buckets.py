@@ -7,6 +7,7 @@ goes where its aspect is nearest, which leaves the least to crop.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from imagen_lightning.data.decode import size_from_header
-from imagen_lightning.data.metadata import read_columns
+from imagen_lightning.data.metadata import column_files, read_columns
 from imagen_lightning.data.order import BucketedOrder
 from imagen_lightning.data.shards import IMAGE, METADATA, Shards
 from imagen_lightning.data.skips import Unusable
@@ -27,6 +28,7 @@ MAX_ASPECT = 2
 AREA_TOLERANCE = 0.1
 _STEPS = 8  # of a side, by default
 _MAX_STEPS = 16
+_HEADER = 2**14  # bytes of an image file that are read for its size
 
 
 def bucket_sizes(image_size: int, step: int | None = None) -> list[tuple[int, int]]:
@@ -97,7 +99,9 @@ def merge_small(
     return [new[numbers] for numbers in buckets], counts.tolist()
 
 
-def read_sizes(shards: Shards, shard: int, rows: np.ndarray, beside: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_sizes(
+    shards: Shards, shard: int, rows: np.ndarray, beside: Path, cache: Path
+) -> tuple[np.ndarray, np.ndarray]:
     """(n,) widths and heights of a shard's images, NaN where unknown: from the metadata, else from the files' headers.
 
     Args:
@@ -105,12 +109,13 @@ def read_sizes(shards: Shards, shard: int, rows: np.ndarray, beside: Path) -> tu
         shard: which of them.
         rows: (n,) of the samples.
         beside: a path of the shard, where files that belong to it lie or may be put.
+        cache: the folder where the metadata is kept if it cannot be kept there.
     """
     columns = read_columns(
         beside,
         shards.indexes[shard].keys,
         partial(shards.read, shard, kind=METADATA),
-        beside.with_name(f"{beside.name}.metadata"),
+        column_files(beside, cache),
     )
     unknown = np.full(shards.indexes[shard].num_samples, np.nan)
     widths, heights = (columns.get(name, unknown)[rows].copy() for name in ("width", "height"))
@@ -120,10 +125,10 @@ def read_sizes(shards: Shards, shard: int, rows: np.ndarray, beside: Path) -> tu
 
 
 def _header_size(shards: Shards, shard: int, row: int) -> tuple[float, float]:
-    try:
-        return size_from_header(shards.read(shard, row, IMAGE) or b"")
-    except Unusable:  # met again, and counted, when it is its turn
-        return np.nan, np.nan
+    for most in (_HEADER, None):  # profiles and previews may put the size far into a file
+        with contextlib.suppress(Unusable):  # met again, and counted, when it is its turn
+            return size_from_header(shards.read(shard, row, IMAGE, most) or b"")
+    return np.nan, np.nan
 
 
 def bucketed_order(
@@ -133,6 +138,7 @@ def bucketed_order(
     seed: int,
     global_batch_size: int,
     window: int,
+    cache: Path,
 ) -> BucketedOrder:
     """The order over the rows that may be used, by the sizes of their images; buckets of less than a batch are merged.
 
@@ -140,7 +146,7 @@ def bucketed_order(
         InputError: no rows.
     """
     buckets = [
-        nearest_buckets(*read_sizes(shards, shard, numbers, beside), sizes)
+        nearest_buckets(*read_sizes(shards, shard, numbers, beside, cache), sizes)
         for shard, (numbers, beside) in enumerate(zip(rows, shards.paths_beside()))
     ]
     merged, counts = merge_small(buckets, sizes, global_batch_size)

@@ -206,14 +206,19 @@ class Shards:
             raise Unusable(Reason.HASH_MISMATCH)
         return found[IMAGE], found[CAPTION], found[METADATA], found[TEXT_STATES]
 
-    def read(self, shard: int, row: int, kind: int) -> bytes | None:
+    def read(self, shard: int, row: int, kind: int, most: int | None = None) -> bytes | None:
         """The bytes of one member, not compared with any SHA-256, or None where the sample has none.
+
+        Args:
+            shard, row: the sample.
+            kind: of the member.
+            most: the number of its first bytes that are enough; None reads it whole.
 
         Raises:
             Unusable: the file is gone or shorter than when it was indexed, or the disk fails.
         """
         offset, length = self.indexes[shard].spans[row, kind].tolist()
-        return None if offset < 0 else self._pread(shard, offset, length)
+        return None if offset < 0 else self._pread(shard, offset, length if most is None else min(length, most))
 
     def damage(self, shard: int) -> list[Skip]:
         """Reads a whole shard and names the samples that differ from their SHA-256 or cannot be read."""
