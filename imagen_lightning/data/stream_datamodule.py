@@ -12,15 +12,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch.utils.data import DataLoader
 
-from imagen_lightning.data.datamodule import (
-    LaionDataModule,
-    PositionedDataModule,
-    leave_signals_to_parent,
-    list_skips,
-    tell_skips,
-)
+from imagen_lightning.data.datamodule import LaionDataModule
 from imagen_lightning.data.dataset import Decoder, LoadedBatch, ShardDataset
 from imagen_lightning.data.filters import Filter, FilterCounts
+from imagen_lightning.data.positioned import PositionedDataModule, leave_signals_to_parent, list_skips, tell_skips
 from imagen_lightning.data.skips import SkipLog
 from imagen_lightning.data.stream import ShardStream, StreamBatch, collate_stream, stream_addresses
 from imagen_lightning.data.text_states import check_stage
