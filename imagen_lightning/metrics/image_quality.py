@@ -119,7 +119,7 @@ class LPIPS:
 
         state, sha256 = read_weights(self.weights, _BACKBONES[self.network], f"the backbone of LPIPS ({self.network})")
         with without_random_numbers():
-            net = _NoTrainLpips(net=self.network, pnet_rand=True)
+            net: Any = _NoTrainLpips(net=self.network, pnet_rand=True)  # type: ignore[arg-type]
         # "slice2.3.weight" and "slices.1.3.weight" are torchvision's "features.3.weight".
         names = {
             key: "features." + key.split(".", 2 if key.startswith("slices.") else 1)[-1] for key in net.net.state_dict()

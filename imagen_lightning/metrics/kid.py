@@ -70,11 +70,10 @@ def kernel_distance(
     x, y = first.detach().double(), second.detach().to(first.device).double()
     # All kernels once serve every subset; where the sets are large beside the subsets, a kernel a subset is less work.
     if len(x) * len(y) <= num_subsets * size * size:
-        members = [torch.zeros(len(rows), num_subsets, dtype=x.dtype, device=x.device) for rows in (x, y)]
-        for k, pair in enumerate(chosen):
-            for member, rows in zip(members, pair):
-                member[rows, k] = 1
-        distances = _distances(x, y, *members, size)
+        in_x, in_y = (torch.zeros(len(rows), num_subsets, dtype=x.dtype, device=x.device) for rows in (x, y))
+        for k, (rows, others) in enumerate(chosen):
+            in_x[rows, k], in_y[others, k] = 1, 1
+        distances = _distances(x, y, in_x, in_y, size)
     else:
         everyone = torch.ones(size, 1, dtype=x.dtype, device=x.device)
         distances = torch.cat([_distances(x[rows], y[others], everyone, everyone, size) for rows, others in chosen])

@@ -196,17 +196,13 @@ class Value:
             InputError: not a value, or one with fields that this version does not know.
         """
         _check_fields(cls, data, "value", required=("metric", "value", "protocol"))
-        numbers = {}
-        for name in ("value", "low", "high"):
-            given = data.get(name)
-            try:
-                numbers[name] = given if given is None else float(given)
-            except (TypeError, ValueError):
-                raise InputError(f"{name} {given!r} of a value of {data['metric']} is no number") from None
-        if numbers["value"] is None:
-            raise InputError(f"the value of {data['metric']} has no number")
-        protocol = Protocol.from_json(data["protocol"])
-        return cls(data["metric"], protocol=protocol, confidence=data.get("confidence"), **numbers)
+        metric = str(data["metric"])
+        value, low, high = (
+            _number(data.get(name), f"{name} of a value of {metric}") for name in ("value", "low", "high")
+        )
+        if value is None:
+            raise InputError(f"the value of {metric} has no number")
+        return cls(metric, value, low, high, Protocol.from_json(data["protocol"]), data.get("confidence"))
 
 
 def columns(values: Iterable[Value], compared: Collection[str] = ()) -> list[list[Value]]:
@@ -264,6 +260,13 @@ def _words(value: Any) -> str:
         return "(" + ", ".join(_words(item) for item in value) + ")"
     text = str(value)
     return text[:12] + "…" if len(text) == 64 else text
+
+
+def _number(value: Any, what: str) -> float | None:
+    try:
+        return value if value is None else float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{what} is no number but {value!r}") from None
 
 
 def _json_number(value: float | None) -> float | str | None:

@@ -147,7 +147,7 @@ def test_what_is_no_protocol_or_value_is_refused():
             Protocol.from_json(data)
     whole = value(FULL).to_json()
     for change, message in [
-        ({"value": "much"}, "'much' of a value of FID is no number"),
+        ({"value": "much"}, "value of a value of FID is no number but 'much'"),
         ({"value": None}, "has no number"),
         ({"metric": "KID"}, "'KID' has the protocol of 'FID'"),
         ({"low": None}, "low, high and confidence, or none"),
