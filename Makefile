@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test test-slow lint format install clean
+.PHONY: quickstart test test-slow test-faults verify-resume lint format install clean
 
 $(STAMP): requirements.txt setup.py
 	$(PYTHON) -m venv .venv
@@ -18,10 +18,20 @@ quickstart: $(STAMP)
 	$(BIN)/imagen-lightning quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not faults"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# The long forms: hundreds of kills, thousands of injected faults. -s shows their figures.
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -q -s -m faults
+
+# Kill, resume, compare: on this machine, with the configuration and options of your own, e.g.
+# make verify-resume CONFIG=mine.yaml ARGS="--workers 0,4 --data.init_args.batch_size 8"
+CONFIG ?= experiments/quickstart/base.yaml
+verify-resume: $(STAMP)
+	$(BIN)/imagen-lightning verify-resume --config $(CONFIG) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,254 @@
+"""Runs of `fit` that are killed at chosen moments and resumed, and what they are compared with.
+
+Each attempt is a process forked from one that has imported everything and done nothing else, so that hundreds are
+affordable. It writes the phase that it is in to a file that both sides map; the killer waits for a phase of its
+schedule, and a random while more, and sends SIGKILL to the whole group.
+"""
+
+import copy
+import io
+import mmap
+import multiprocessing
+import os
+import random
+import signal
+import struct
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
+
+import yaml  # isort: skip
+from lightning.pytorch import Callback  # isort: skip
+from PIL import Image  # isort: skip
+
+from imagen_lightning.cli.main import main  # isort: skip
+from imagen_lightning.cli.verify_resume import HISTORY  # isort: skip
+
+HERE = Path(__file__).parent
+PRELOAD = [
+    "kill_harness",
+    "imagen_lightning.cli.fit",
+    "imagen_lightning.networks",
+    "imagen_lightning.callbacks.history",
+]
+STEPS = 24
+LIMIT = 300  # seconds after which an attempt hangs
+PHASES = ("start", "step", "save", "validation", "end")
+STAGE = {
+    "seed_everything": 1,
+    "model": {
+        "class_path": "imagen_lightning.stages.BaseStage",
+        "init_args": {
+            "image_size": 8,
+            "network": {
+                "class_path": "imagen_lightning.networks.UNet",
+                "init_args": {
+                    **{"dim": 8, "multipliers": [1], "num_blocks": 1, "attention": [True], "text_dim": 8},
+                    **{"groups": 4, "head_dim": 8, "dropout": 0.2},
+                },
+            },
+            "text": {"encoder": {"class_path": "imagen_lightning.text.TinyTextEncoder", "init_args": {"dim": 8}}},
+            "sampling": {"num_steps": 2},
+            "optimization": {
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "warmup_steps": 4,
+                "lr_schedule": "cosine",
+            },
+        },
+    },
+    "trainer": {"accelerator": "cpu", "max_steps": STEPS, "log_every_n_steps": 1, "enable_progress_bar": False},
+    "ema": {"decay": 0.9},
+    "checkpoint": {"every_n_steps": 2},
+    "noise_level_loss": {"num_bins": 4, "every_n_steps": 5},
+    "throughput": {"measure_matmul": False},
+}
+
+
+def write_shards(folder: Path) -> None:
+    """Shards of unequal sizes, with several captions a sample, images that are no squares, and some broken ones."""
+    folder.mkdir(exist_ok=True)
+    number = 0
+    for shard, size in enumerate((9, 14, 5, 11)):
+        with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:
+            for _ in range(size):
+                picture = io.BytesIO()
+                image = Image.linear_gradient("L").resize((10 + number % 3, 12)).rotate(number).convert("RGB")
+                image.save(picture, "PNG")
+                members = {"png": b"broken" if number % 13 == 5 else picture.getvalue()}
+                members["txt"] = f"number {number}\nanother\na third".encode()
+                for suffix, data in members.items():
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                number += 1
+
+
+def config(data: str, shards: Path, accumulate: int = 1) -> dict:
+    """The configuration of a run on "shapes", or on "shards" in the folder."""
+    settings = {"image_size": 8, "batch_size": 4, "num_val": 6}
+    if data == "shards":
+        settings |= {"train": str(shards), "val": str(shards), "crop": "random", "random_flip": True, "window": 2}
+        settings |= {"max_skip_share": 0.5}
+    name = "LaionDataModule" if data == "shards" else "ShapesDataModule"
+    trainer = {**STAGE["trainer"], "accumulate_grad_batches": accumulate, "val_check_interval": 3 * accumulate}
+    return {**copy.deepcopy(STAGE), "trainer": trainer, "data": {"class_path": f"imagen_lightning.data.{name}", "init_args": settings}}
+
+
+# ---- in the process that trains
+
+
+class Phases(Callback):
+    """Writes the phase that training is in, and how often it was entered, where the killer looks."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 16)
+        self._counts: Counter[str] = Counter()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def _enter(self, phase: str) -> None:
+        self._counts[phase] += 1
+        self._map[:] = struct.pack("qq", PHASES.index(phase), self._counts[phase])
+
+    def on_train_batch_start(self, *_):
+        self._enter("step")
+
+    def on_save_checkpoint(self, *_):
+        self._enter("save")
+
+    def on_validation_start(self, *_):
+        self._enter("validation")
+
+    def on_train_end(self, *_):
+        self._enter("end")
+
+
+def attempt(folder: str, arguments: list[str], output: str) -> None:
+    """What a forked process does: one `fit`, in a process group of its own."""
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # of its loader's workers, as in any other run
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["imagen-lightning"]
+    sys.exit(main(arguments))
+
+
+# ---- in the process that kills
+
+
+@contextmanager
+def fork_server() -> Iterator[multiprocessing.context.BaseContext]:
+    """A context whose processes are forked from one that has imported everything."""
+    with_path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    changes = {"PYTHONPATH": with_path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        yield context
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Run:
+    """One run of `fit` in a folder of its own, in as many attempts as it takes.
+
+    Args:
+        context: of the fork server.
+        folder: an empty folder; the run folder is `folder / "run"`.
+        settings: its configuration.
+        workers: loader workers of each attempt.
+    """
+
+    def __init__(self, context, folder: Path, settings: dict, workers: int = 0) -> None:
+        self.context, self.folder, self.run = context, folder, folder / "run"
+        self.output = folder / "output.txt"
+        self.kills: list[tuple[str, str]] = []  # the phase aimed at, the phase hit
+        self.num_partials = 0  # kills that left a file half written
+        self._phase = folder / "phase"
+        self._phase.write_bytes(bytes(16))
+        with self._phase.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 16)
+        callbacks = [
+            {"class_path": "kill_harness.Phases", "init_args": {"path": str(self._phase)}},
+            {"class_path": "imagen_lightning.callbacks.history.SampleHistory", "init_args": {"path": f"run/{HISTORY}"}},
+        ]
+        settings = {**settings, "trainer": {**settings["trainer"], "callbacks": callbacks}}
+        (folder / "stage.yaml").write_text(yaml.safe_dump(settings))
+        self.arguments = ["fit", "--config", "stage.yaml", "--run", "run", "--resume"]
+        self.arguments += ["--data.init_args.num_workers", str(workers)]
+
+    def start(self):
+        self._map[:] = bytes(16)
+        process = self.context.Process(target=attempt, args=(str(self.folder), self.arguments, str(self.output)))
+        process.start()
+        return process
+
+    def finish(self, process=None) -> None:
+        """Lets an attempt end by itself."""
+        process = process or self.start()
+        process.join(LIMIT)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.exitcode == 0, self.output.read_text()[-3000:]
+
+    def phase(self) -> tuple[str, int]:
+        """The phase that training is in, and how often this attempt entered it."""
+        number, count = struct.unpack("qq", self._map[:])
+        return PHASES[number], count
+
+    def kill(self, wanted: str, count: int, delay: float) -> bool:
+        """Starts an attempt and kills it `delay` seconds after it enters a phase for the count-th time.
+
+        Returns:
+            Whether it was killed; False where it ended before.
+        """
+        process = self.start()
+        limit = time.monotonic() + LIMIT
+        while process.exitcode is None and time.monotonic() < limit:
+            phase, number = self.phase()
+            if phase == wanted and number >= count:
+                break
+            time.sleep(0.0005)
+        if time.monotonic() >= limit:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError(f"hangs in {self.phase()}: {self.output.read_text()[-3000:]}")
+        time.sleep(delay)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet, or ended
+            if process.exitcode is None:
+                process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0, self.output.read_text()[-3000:]
+            return False
+        self.kills.append((wanted, self.phase()[0]))
+        self.num_partials += any(self.run.rglob("*.partial"))
+        return True
+
+    def kill_often(self, num_kills: int, generator: random.Random) -> None:
+        """Kills attempts by a random schedule, the last time at the run's end, and lets the run end."""
+        for _ in range(num_kills - 1):
+            wanted = generator.choices(PHASES[:4], (1, 2, 3, 2))[0]
+            longest = {"start": 1.2, "step": 0.02, "save": 0.012, "validation": 0.03}[wanted]
+            count = 0 if wanted == "start" else generator.randint(1, 2)
+            self.kill(wanted, count, generator.random() * longest)
+        self.kill("end", 1, generator.random() * 0.01)
+        self.finish()
