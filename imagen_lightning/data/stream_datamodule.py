@@ -73,12 +73,15 @@ class StreamingLaionDataModule(PositionedDataModule):
         crop: Literal["center", "random"] = "center",
         random_flip: bool = False,
         allow_upscale: bool = False,
+        decode: Literal["fast", "exact"] = "fast",
         max_skip_share: float = 0.05,
         num_val: int | None = None,
     ) -> None:
         super().__init__()
         if crop not in ("center", "random"):
             raise InputError(f"crop {crop!r} is unknown; give 'center' or 'random'")
+        if decode not in ("fast", "exact"):
+            raise InputError(f"decode {decode!r} is unknown; give 'fast' or 'exact'")
         if image_size < 1 or shuffle_buffer < 1:
             raise InputError(f"image_size {image_size}, shuffle_buffer {shuffle_buffer}: both must be at least 1")
         self.train = train
@@ -95,6 +98,7 @@ class StreamingLaionDataModule(PositionedDataModule):
         self.crop = crop
         self.random_flip = random_flip
         self.allow_upscale = allow_upscale
+        self.decode = decode
         self.max_skip_share = max_skip_share
         self.num_val = num_val
         self._filter = Filter.of(filter)
@@ -106,6 +110,7 @@ class StreamingLaionDataModule(PositionedDataModule):
             seed=seed,
             caption_field=caption_field,
             allow_upscale=allow_upscale,
+            decode=decode,
             text_encoder=text_encoder,
             max_skip_share=max_skip_share,
             num_val=num_val,
@@ -156,6 +161,7 @@ class StreamingLaionDataModule(PositionedDataModule):
             self.crop == "random",
             self.random_flip,
             self.allow_upscale,
+            self.decode == "exact",
         )
         rank, _ = self._process()
         addresses = stream_addresses(self.train, self.allow_pipe)

@@ -189,6 +189,7 @@ def test_a_filter_counts_as_the_stream_goes(tmp_path, caplog, monkeypatch):
     [
         ({"crop": "corner"}, "crop 'corner' is unknown"),
         ({"shuffle_buffer": 0}, "shuffle_buffer 0"),
+        ({"decode": "slow"}, "decode 'slow' is unknown"),
         ({"filter": "sharp=1"}, "filter 'sharp' is unknown"),
         ({"max_skip_share": 5}, "max_skip_share 5 is not a share"),
     ],
