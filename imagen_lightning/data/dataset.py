@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from imagen_lightning.data import shapes
 from imagen_lightning.data.decode import decode_captions, decode_fitted, decode_text_states, stack_text
@@ -55,12 +55,12 @@ class LoadedBatch(Batch):
 
 
 def collate(samples: Sequence[Sample]) -> LoadedBatch:
-    """Stacks samples; those without an image are left out."""
+    """Stacks samples, a worker's in shared memory at once; those without an image are left out."""
     usable = [sample for sample in samples if sample.image is not None]
     texts = [sample.text for sample in usable if sample.text is not None]
     images = [sample.image for sample in usable if sample.image is not None]
     return LoadedBatch(
-        images=torch.stack(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+        images=default_collate(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
         captions=[sample.caption for sample in usable],
         keys=[sample.key for sample in usable],
         positions=torch.tensor([sample.position for sample in usable], dtype=torch.int64),
