@@ -118,7 +118,7 @@ def is_metric(name: str) -> bool:
     """Whether a column of metrics.csv is a result, rather than a loss in parts, a speed or a count."""
     return (
         name not in ("epoch", TRAIN_LOSS, VAL_LOSS)
-        and not name.startswith(("throughput/", "lr-"))
+        and not name.startswith(("throughput/", "data/", "lr-"))
         and ("/loss_t/" not in name and "/loss_aug/" not in name)
     )
 

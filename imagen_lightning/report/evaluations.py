@@ -52,10 +52,13 @@ def _line(source: FoundEvaluation, row: Row, problems: Problems) -> Line:
 
 def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, problems: Problems) -> Value | None:
     try:
-        return Value.from_json(dict(content))
-    except InputError as error:
+        value = Value.from_json(dict(content))
+        if not isinstance(value.metric, str) or not isinstance(value.confidence, str | None):
+            raise InputError(f"metric {value.metric!r} and confidence {value.confidence!r} must be texts")
+    except (TypeError, ValueError) as error:  # InputError is one
         problems.add(source.folder, f"a value of {row.stage} is left out: {error}")
         return None
+    return value
 
 
 def _table(section: Section, lines: Sequence[Line], several: bool) -> None:

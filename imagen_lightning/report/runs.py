@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
 CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _T = TypeVar("_T")
 
 
@@ -87,13 +88,16 @@ def read_run(folder: Path, problems: Problems) -> Run:
     info = _read(folder / INFO, _mapping_of(json.loads), problems)
     if not (folder / METRICS).exists():
         problems.add(folder, f"no {METRICS}: nothing was logged yet")
+    curves = _read(folder / METRICS, lambda text: _curves(text, folder / METRICS, problems), problems) or {}
+    counts = [curve.last for name, curve in curves.items() if name.startswith("data/skipped/")]
+    skipped = sum(int(count) for count in counts if math.isfinite(count))
     return Run(
         folder,
         config=config or {},
         info=info or {},
-        curves=_read(folder / METRICS, lambda text: _curves(text, folder / METRICS, problems), problems) or {},
+        curves=curves,
         samples=read_steps(folder / "samples", problems.add),
-        num_skipped=_read(folder / SKIPPED, lambda text: text.count("\n") or None, problems),
+        num_skipped=skipped or _read(folder / SKIPPED, lambda text: text.count("\n") or None, problems),
     )
 
 
@@ -121,7 +125,7 @@ def _mapping_of(parse: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
 
 
 def _configuration(text: str) -> dict[str, Any]:
-    config = _mapping_of(lambda content: yaml.load(content, _Loader))(text)
+    config = _mapping_of(lambda content: yaml.load(content, _SafeLoader))(text)
     flatten(config)  # refuses one that YAML's aliases make endless
     return config
 

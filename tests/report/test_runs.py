@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.report.report import build
 from imagen_lightning.report.runs import Problems, read_run
 from imagen_lightning.report.sample_sets import open_picture
 from imagen_lightning.report.sources import read_sources
@@ -29,6 +31,9 @@ def test_a_whole_run(make, tmp_path):
     assert [item.step for item in run.samples] == [500, 1000]
     assert run.samples[0].samples[1].key == ("a blue circle", 0, 1)
     assert run.num_skipped == 2
+    lines = ["step,data/skipped/no_image,data/skipped/bad_json,data/skipped_val/no_image", "0,1,,5", "9,4,3,"]
+    (folder / "metrics.csv").write_text("\n".join(lines))
+    assert read(folder)[0].num_skipped == 7  # as the run counted
 
 
 def test_rows_and_cells_that_are_no_numbers_are_counted(tmp_path):
@@ -143,3 +148,35 @@ def test_nothing_left_is_an_input_error(tmp_path):
         (tmp_path / "run" / name).write_text("{[")
     with pytest.raises(InputError, match=r"nothing to report on: .*nowhere.*config.yaml.*run.json.*metrics.csv"):
         read_sources([tmp_path / "run", tmp_path / "nowhere"])
+
+
+ODD = (None, [], {}, 3, -1.5, "x", True, [None, {"a": [1]}], {"class_path": 3, "init_args": []}, float("nan"))
+
+
+def mutations(content):
+    """Every copy of plain data in which one part is odd."""
+    yield from ODD
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, item in items:
+        for changed in mutations(item):
+            copy = dict(content) if isinstance(content, dict) else list(content)
+            copy[key] = changed
+            yield copy
+
+
+FILES = ("run/config.yaml", "run/run.json", "run/samples/0000500/samples.json", "matrix/evaluation.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_a_file_holds_a_page_is_made(make, tmp_path, name):
+    make.run(tmp_path / "run", samples={"steps": (500,)}, metrics={"num": 20})
+    make.matrix(tmp_path / "matrix")
+    path = tmp_path / name
+    whole = yaml.safe_load(path.read_text())
+    if name.startswith("matrix"):
+        whole["rows"] = whole["rows"][:1]
+    changes = list(mutations(whole))
+    for changed in changes[:: max(1, len(changes) // 20)]:
+        path.write_text(json.dumps(changed))  # JSON is YAML
+        page = build(read_sources([tmp_path]))
+        assert "Runs" in [section.title for section in page.sections]
