@@ -24,24 +24,26 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
-def downsample(images: Tensor, size: int) -> Tensor:
-    """Antialiased area resize of float (B, C, H, W) to (B, C, size, size), for size at most H and W.
+def downsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Antialiased area resize of float (B, C, H, W) to a side, or a height and width, of at most H and W.
 
     The one filter by which low-resolution images are made, in training and in evaluation: each output pixel is the mean
     of the input pixels that it touches (all of them in full, so that areas overlap where the sizes do not divide).
     """
-    if images.shape[-1] == size and images.shape[-2] == size:
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == (height, width):
         return images
-    if size > min(images.shape[-2:]):
+    if height > images.shape[-2] or width > images.shape[-1]:
         raise ValueError(f"downsample to {size} px asked of {tuple(images.shape[-2:])} px images; use upsample")
-    return F.interpolate(images, size=(size, size), mode="area")
+    return F.interpolate(images, size=(height, width), mode="area")
 
 
-def upsample(images: Tensor, size: int) -> Tensor:
-    """Bilinear resize of float (B, C, H, W) to (B, C, size, size), half-pixel centres."""
-    if images.shape[-1] == size and images.shape[-2] == size:
+def upsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Bilinear resize of float (B, C, H, W) to a side, or a height and width; half-pixel centres."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == (height, width):
         return images
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -30,6 +30,7 @@ from imagen_lightning.stages.settings import Execution, Optimization, Sampling, 
 from imagen_lightning.text.batching import join_texts, replace_texts
 from imagen_lightning.types import Batch, Conditioning, Denoiser, InputError, Sampler, Text
 
+AREA_TOLERANCE = 0.1  # by which the area of images of another aspect may differ from the square's, as a share
 VALIDATION_SEED = 0  # validation noise is the same in every run, whatever its seed, so that two runs compare
 
 
@@ -79,14 +80,16 @@ class DiffusionMixin:
     # ---- training
 
     def images_of(self, batch: Batch) -> Tensor:
-        """The batch's images in [-1, 1].
+        """The batch's images in [-1, 1]: squares of the stage's size, or of another aspect and about its area.
 
         Raises:
-            InputError: they are not of the stage's size.
+            InputError: they are neither.
         """
-        if batch.images.shape[-1] != self.image_size or batch.images.shape[-2] != self.image_size:
+        height, width = batch.images.shape[-2:]
+        square = height == width == self.image_size
+        if not square and (height == width or abs(height * width / self.image_size**2 - 1) > AREA_TOLERANCE):
             raise InputError(
-                f"the data gives images of {tuple(batch.images.shape[-2:])} px to a stage of {self.image_size} px; set "
+                f"the data gives images of {height, width} px to a stage of {self.image_size} px; set "
                 f"data.init_args.image_size to {self.image_size}"
             )
         return to_float(batch.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +79,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
     def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
         """The images in [-1, 1], their text, and the noised low-resolution image at a level drawn per sample."""
         x0, positions = self.images_of(batch), batch.positions
-        low_res = self.enlarge(downsample(x0, self.low_res_size))
+        low_res = self.enlarge(downsample(x0, self.low_size(x0)))
         if training and self.crop_size is not None:
             x0, low_res = self.crop(x0, low_res, positions, seed)
         level = self.augmentation.max_level * uniform(seed, Stream.AUG_LEVEL, positions)
@@ -86,18 +87,37 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         text = self.text_of(batch, seed, training)
         return x0, Conditioning(text, self.augmentation(low_res, level, noise), level)
 
+    def low_size(self, x0: Tensor) -> tuple[int, int]:
+        """Height and width of the low-resolution image of x0 (B, 3, H, W).
+
+        Raises:
+            InputError: they are not whole.
+        """
+        height, width = x0.shape[-2:]
+        if height * self.low_res_size % self.image_size or width * self.low_res_size % self.image_size:
+            step = self.image_size // math.gcd(self.image_size, self.low_res_size)
+            raise InputError(
+                f"images of {height, width} px have no whole low-resolution size at {self.low_res_size} of "
+                f"{self.image_size} px; set data.init_args.bucket_step to a multiple of {step}"
+            )
+        return height * self.low_res_size // self.image_size, width * self.low_res_size // self.image_size
+
     def enlarge(self, low_res: Tensor) -> Tensor:
         """The low-resolution image (B, 3, h, w) at the size that the network sees."""
-        return upsample(low_res, self.image_size)
+        height, width = low_res.shape[-2:]
+        return upsample(
+            low_res, (height * self.image_size // self.low_res_size, width * self.image_size // self.low_res_size)
+        )
 
     def crop(self, x0: Tensor, low_res: Tensor, positions: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """The same random square of both images, per sample."""
+        """The same random square of both images, per sample; as narrow as they are where that is less."""
         assert self.crop_size is not None
-        room = self.image_size - self.crop_size + 1
+        sides = x0.shape[-2:]
+        height, width = (min(self.crop_size, side) for side in sides)
+        room = torch.tensor([sides[0] - height + 1, sides[1] - width + 1], device=x0.device)
         offsets = (uniform(seed, Stream.CROP, positions, (2,)) * room).long().tolist()
         pairs = torch.cat([x0, low_res], dim=1)
-        size = self.crop_size
-        cut = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(pairs, offsets)])
+        cut = torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(pairs, offsets)])
         return cut[:, :3], cut[:, 3:]
 
     def prepare_low_res(
