@@ -19,6 +19,7 @@ from PIL import Image
 from imagen_lightning.components import describe_args
 from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
 from imagen_lightning.data.shards import Shards
+from imagen_lightning.data.decode import fit as fit_image
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.types import InputError
 
@@ -371,6 +372,24 @@ def test_random_crop_and_flip(tmp_path):
     assert ((cropped[:, 1:] - cropped[:, :-1]).abs() == 1).all()
 
 
+def test_jpegs_are_decoded_fast_or_exactly(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "JPEG", quality=95)
+    shards = write_shards(tmp_path, [4], lambda number, members: {"jpg": buffer.getvalue(), "txt": b"noise"})
+
+    def images(**settings):
+        data = LaionDataModule(shards, shards, image_size=16, batch_size=4, **settings)
+        train, val = (next(iter(loader)).images for loader in (data.train_dataloader(), data.val_dataloader()))
+        assert torch.equal(train, val)  # validation does as training does
+        return train
+
+    exact = fit_image(Image.open(buffer), 16)
+    assert torch.equal(images(decode="exact")[0], exact)
+    assert not torch.equal(images()[0], exact)
+    assert (images()[0].float() - exact.float()).abs().mean() < 8  # of noise; photographs differ by less than 1
+
+
 def stored(number, encoder="t5", length=None, value=None):
     buffer = io.BytesIO()
     states = np.full((length or number % 3 + 1, 4), number if value is None else value, np.float16)
@@ -488,6 +507,8 @@ def test_real_shards_train(name, tmp_path):
     ("arguments", "message"),
     [
         ({"crop": "corner"}, "crop 'corner' is unknown"),
+        ({"decode": "slow"}, "decode 'slow' is unknown"),
+        ({"crop": "bucket", "bucket_step": 24}, "bucket_step 24 must divide image_size 64"),
         ({"image_size": 0}, "image_size 0"),
         ({"num_val": 0}, "num_val 0"),
         ({"max_skip_share": 5}, "max_skip_share 5 is not a share"),
