@@ -18,8 +18,8 @@ from PIL import Image
 
 from imagen_lightning.components import describe_args
 from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
-from imagen_lightning.data.shards import Shards
 from imagen_lightning.data.decode import fit as fit_image
+from imagen_lightning.data.shards import Shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.types import InputError
 
