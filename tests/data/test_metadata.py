@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from imagen_lightning.data.filters import Filter
+from imagen_lightning.data.filters import Filter, select_rows
 from imagen_lightning.data.metadata import (
     ALIASES,
     NUMBERS,
@@ -25,6 +26,8 @@ from imagen_lightning.errors import InputError
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'imagen-lightning[parquet]'")
 from pyarrow import parquet  # noqa: E402
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def img2dataset_rows(number_of=6):
@@ -322,3 +325,27 @@ def test_every_number_can_be_limited():
     for field in NUMBERS:
         assert Filter({f"{field}_min": 0.5}).why_not({field: 1.0}) is None
         assert Filter({f"{field}_max": 0.5}).why_not({field: 1.0}) == f"{field}_max=0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"), [("dcss-tiles-32", "cc0-1.0"), ("flower-photos-128", "CC-BY-2.0"), ("fluent-emoji-3d", "mit")]
+)
+def test_real_shards_are_filtered_by_licence(name, licence, tmp_path):
+    tars = sorted((SHARED / name).glob("train-*.tar"))
+    if not tars:
+        pytest.skip(f"no shards in {SHARED / name}")
+    shards = Shards([index_shard(tars[0])])
+    rows = [np.arange(len(shards.indexes[0].keys))]
+    cache = tmp_path  # and nothing beside the shared shards
+    shards.paths_beside = lambda: [tmp_path / tars[0].name]
+    kept, counts = select_rows(Filter({"license": licence}), shards, rows, cache)
+    assert counts.num_samples == len(rows[0]) > 100
+    assert counts.left == len(kept[0]) > 0
+    others = [row for row in rows[0] if row not in set(kept[0])]
+    for numbers, equal in ((kept[0][:20], True), (others[:20], False)):
+        for row in numbers:
+            record = json.loads(shards.read(0, int(row), METADATA))
+            assert (record.get("license", "").casefold() == licence.casefold()) is equal
+    none, counts = select_rows(Filter({"license": "none such"}), shards, rows, cache)
+    assert not len(none[0])
+    assert counts.removed == {"licence missing": 0, "license=none such": len(rows[0])}
