@@ -10,6 +10,7 @@ VERBS = {
     "write": "make shards of a folder or table of captioned images",
     "index": "find where each sample lies, and take its SHA-256",
     "verify": "compare every sample with its SHA-256",
+    "doctor": "see what they hold, and what to mend before training",
     "embed": "store the text states of captions, so that training loads no T5",
 }
 
