@@ -42,8 +42,8 @@ def expand_addresses(pattern: str) -> list[str]:
     found: list[str] = []
     for address in alternatives:
         text = f"{address}*.tar" if address.endswith("/") else address
-        magic = "*[" if text.startswith("http") else "*?["
-        found.extend(_list(text) if any(sign in text for sign in magic) else [text])
+        path, magic = (text.split("?")[0], "*[") if text.startswith("http") else (text, "*?[")
+        found.extend(_list(text) if any(sign in path for sign in magic) else [text])
     return found
 
 
@@ -94,12 +94,13 @@ def attempt(action: Callable[[], T], what: str, attempts: int = 5, pause: float 
     for number in range(attempts):
         try:
             return action()
-        except FileNotFoundError:  # noqa: PERF203
-            raise
-        except _network_errors() as error:
-            reason = str(error) or type(error).__name__
-            final = isinstance(error, PermissionError) or getattr(error, "status", None) in _FINAL
-            final = final or getattr(error, "errno", None) in _FINAL_ERRNO
+        except _network_errors() as error:  # noqa: PERF203
+            cause = _cause(error)
+            if isinstance(cause, FileNotFoundError):
+                raise
+            reason = str(cause) or type(cause).__name__
+            final = isinstance(cause, PermissionError) or getattr(cause, "status", None) in _FINAL
+            final = final or getattr(cause, "errno", None) in _FINAL_ERRNO
             if final or number == attempts - 1:
                 tries = "" if final else f" in {attempts} attempts"
                 message = f"{what} cannot be read{tries}: {reason}; check address, access and network"
@@ -107,6 +108,13 @@ def attempt(action: Callable[[], T], what: str, attempts: int = 5, pause: float 
             log.info("%s: %s; attempt %d follows", what, reason, number + 2)
             time.sleep(pause * 2**number)
     raise AssertionError("no attempt was made")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened: fsspec calls a server that cannot be reached a missing file."""
+    cause = error.__cause__
+    unreached = isinstance(cause, _network_errors()) and getattr(cause, "status", None) != 404
+    return cause if isinstance(error, FileNotFoundError) and cause is not None and unreached else error
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
