@@ -11,13 +11,14 @@ import mmap
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import struct
 import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +39,7 @@ PRELOAD = [
     "imagen_lightning.callbacks.history",
 ]
 STEPS = 24
+MENDED = Path("mended")  # lies in the folder of a run whose fault is mended
 LIMIT = 300  # seconds after which an attempt hangs
 PHASES = ("start", "step", "save", "validation", "end")
 STAGE = {
@@ -97,7 +99,11 @@ def config(data: str, shards: Path, accumulate: int = 1) -> dict:
         settings |= {"max_skip_share": 0.5}
     name = "LaionDataModule" if data == "shards" else "ShapesDataModule"
     trainer = {**STAGE["trainer"], "accumulate_grad_batches": accumulate, "val_check_interval": 3 * accumulate}
-    return {**copy.deepcopy(STAGE), "trainer": trainer, "data": {"class_path": f"imagen_lightning.data.{name}", "init_args": settings}}
+    return {
+        **copy.deepcopy(STAGE),
+        "trainer": trainer,
+        "data": {"class_path": f"imagen_lightning.data.{name}", "init_args": settings},
+    }
 
 
 # ---- in the process that trains
@@ -130,6 +136,50 @@ class Phases(Callback):
 
     def on_train_end(self, *_):
         self._enter("end")
+
+
+class Signals(Callback):
+    """Sends itself a signal in each of the named optimizer steps, or while the checkpoint after it is made."""
+
+    def __init__(self, steps: list[int], number: int, in_save: bool = False) -> None:
+        self.steps, self.number, self.in_save = steps, number, in_save
+        self._sent_in = -1
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step + 1 in self.steps and not self.in_save and self._sent_in != trainer.global_step:
+            self._sent_in = trainer.global_step  # once, though batches be accumulated
+            os.kill(os.getpid(), self.number)
+
+    def on_save_checkpoint(self, trainer, *_):
+        if trainer.global_step in self.steps and self.in_save:
+            os.kill(os.getpid(), self.number)
+
+
+class SmallFiles(Callback):
+    """Lets the process write no file beyond a size from a step on."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step + 1 == self.step and not MENDED.exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class Deny(Callback):
+    """Takes away the right to write in the folder of checkpoints, and the superuser's by being another user."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step + 1 == self.step and not MENDED.exists():
+            run = Path(trainer.default_root_dir)
+            for path in (run, *(path for path in run.iterdir() if path.is_file())):
+                path.chmod(0o777)
+            (run / "checkpoints").chmod(0o555)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
 
 
 def attempt(folder: str, arguments: list[str], output: str) -> None:
@@ -173,11 +223,15 @@ class Run:
         context: of the fork server.
         folder: an empty folder; the run folder is `folder / "run"`.
         settings: its configuration.
-        workers: loader workers of each attempt.
+        workers: loader workers of the attempts; may be changed between them.
+        callbacks: further ones, by name in this file with their arguments.
     """
 
-    def __init__(self, context, folder: Path, settings: dict, workers: int = 0) -> None:
-        self.context, self.folder, self.run = context, folder, folder / "run"
+    def __init__(
+        self, context, folder: Path, settings: dict, workers: int = 0, callbacks: Mapping[str, dict] | None = None
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.context, self.folder, self.run, self.workers = context, folder, folder / "run", workers
         self.output = folder / "output.txt"
         self.kills: list[tuple[str, str]] = []  # the phase aimed at, the phase hit
         self.num_partials = 0  # kills that left a file half written
@@ -185,45 +239,49 @@ class Run:
         self._phase.write_bytes(bytes(16))
         with self._phase.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 16)
-        callbacks = [
+        all_callbacks = [
             {"class_path": "kill_harness.Phases", "init_args": {"path": str(self._phase)}},
             {"class_path": "imagen_lightning.callbacks.history.SampleHistory", "init_args": {"path": f"run/{HISTORY}"}},
+            *({"class_path": f"kill_harness.{name}", "init_args": args} for name, args in (callbacks or {}).items()),
         ]
-        settings = {**settings, "trainer": {**settings["trainer"], "callbacks": callbacks}}
+        settings = {**settings, "trainer": {**settings["trainer"], "callbacks": all_callbacks}}
         (folder / "stage.yaml").write_text(yaml.safe_dump(settings))
         self.arguments = ["fit", "--config", "stage.yaml", "--run", "run", "--resume"]
-        self.arguments += ["--data.init_args.num_workers", str(workers)]
 
     def start(self):
         self._map[:] = bytes(16)
-        process = self.context.Process(target=attempt, args=(str(self.folder), self.arguments, str(self.output)))
+        arguments = [*self.arguments, "--data.init_args.num_workers", str(self.workers)]
+        process = self.context.Process(target=attempt, args=(str(self.folder), arguments, str(self.output)))
         process.start()
         return process
 
-    def finish(self, process=None) -> None:
-        """Lets an attempt end by itself."""
-        process = process or self.start()
+    def finish(self, exit_code: int = 0) -> str:
+        """Lets an attempt end by itself, and gives what it wrote."""
+        before = self.output.stat().st_size if self.output.exists() else 0
+        process = self.start()
         process.join(LIMIT)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
-        assert process.exitcode == 0, self.output.read_text()[-3000:]
+        said = self.output.read_bytes()[before:].decode(errors="replace")
+        assert process.exitcode == exit_code, said[-3000:]
+        return said
 
     def phase(self) -> tuple[str, int]:
         """The phase that training is in, and how often this attempt entered it."""
         number, count = struct.unpack("qq", self._map[:])
         return PHASES[number], count
 
-    def kill(self, wanted: str, count: int, delay: float) -> bool:
-        """Starts an attempt and kills it `delay` seconds after it enters a phase for the count-th time.
+    def kill(self, wanted: str, count: int, delay: float, number: int = signal.SIGKILL) -> bool:
+        """Starts an attempt and signals it `delay` seconds after it enters a phase for the count-th time.
 
         Returns:
-            Whether it was killed; False where it ended before.
+            Whether the signal ended it; False where it ended before.
         """
         process = self.start()
         limit = time.monotonic() + LIMIT
         while process.exitcode is None and time.monotonic() < limit:
-            phase, number = self.phase()
-            if phase == wanted and number >= count:
+            phase, times = self.phase()
+            if phase == wanted and times >= count:
                 break
             time.sleep(0.0005)
         if time.monotonic() >= limit:
@@ -231,12 +289,12 @@ class Run:
             raise TimeoutError(f"hangs in {self.phase()}: {self.output.read_text()[-3000:]}")
         time.sleep(delay)
         try:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, number)
         except ProcessLookupError:  # it has not made its group yet, or ended
             if process.exitcode is None:
                 process.kill()
-        process.join()
-        if process.exitcode != -signal.SIGKILL:
+        process.join(LIMIT)
+        if process.exitcode not in (-signal.SIGKILL, 128 + number):
             assert process.exitcode == 0, self.output.read_text()[-3000:]
             return False
         self.kills.append((wanted, self.phase()[0]))

@@ -27,7 +27,6 @@ def kill_runs(folder: Path, plan: list[tuple[str, int, int]], num_kills: int) ->
     with fork_server() as context:
 
         def make(name: str, data: str, accumulate: int, workers: int) -> Run:
-            (folder / name).mkdir()
             return Run(context, folder / name, config(data, shards, accumulate), workers)
 
         for data, accumulate in sorted({item[:2] for item in plan}):
