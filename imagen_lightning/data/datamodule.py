@@ -99,7 +99,7 @@ class LaionDataModule(PositionedDataModule):
             differ; shards without are hashed at setup. "off" trusts the disk.
         cache: folder for remote shards, and for indexes of shards in folders that cannot be written; None is
             $IMAGEN_LIGHTNING_CACHE, else `~/.cache/imagen-lightning`. Processes and runs may share it.
-        cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows.
+        cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows, of three with buckets.
         decode: "fast" decodes JPEGs of four or more times the size at a half, a quarter or an eighth of their own (see
             `decode_fitted`); "exact" at full size. Other formats are always decoded exactly. Validation does as
             training does, since a model is judged on the pictures that it was taught to make.
@@ -267,12 +267,13 @@ class LaionDataModule(PositionedDataModule):
         self, split: str, patterns: str | Path | list[str], skips: SkipLog
     ) -> tuple[Shards, list[np.ndarray], tuple[str, int] | None]:
         """Indexes shards and returns them with the rows that may be used and the stored text states' encoder."""
+        num_windows = 3 if self._sizes else 2  # one that is read, one ahead; buckets may be in two
         shards = open_shards(
             patterns,
             verify=self.verify,
             cache=None if self.cache is None else Path(self.cache),
             cache_bytes=round(self.cache_gb * 1e9),
-            read_ahead=self.window if split == "train" else 1,
+            read_ahead=num_windows * self.window if split == "train" else 2,
         )
         has_text = self.text_states is None and any(
             (index.spans[:, TEXT_STATES, 0] >= 0).any() for index in shards.indexes

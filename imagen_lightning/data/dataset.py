@@ -215,7 +215,7 @@ class ShardDataset(Dataset[Sample]):
         self.text_states = text_states
         self._ends = np.cumsum([len(item) for item in self.rows])
         self.num_samples = min(num_samples or self._ends[-1], self._ends[-1])
-        self._ahead = (0, 0)  # the positions at which reading ahead is as it should be
+        self._upcoming: list[int] = []  # shards that are fetched ahead
 
     def __len__(self) -> int:
         if self.order is not None:
@@ -237,22 +237,18 @@ class ShardDataset(Dataset[Sample]):
         return Sample(None, "", "", position, skips=tuple(skips))
 
     def _read_ahead(self, position: int) -> None:
-        """Has remote shards fetched that the samples of a window's length from here on will need."""
-        if self.shards.cache is None or self._ahead[0] <= position < self._ahead[1]:
+        """Has the remote shards fetched that are read from a position on."""
+        if self.shards.cache is None:
             return
-        size = len(self._ends) if self.order is None else -(-len(self._ends) // self.order.window)
-        length = max(1, int(self._ends[-1]) // size)
-        self._ahead = position, position + max(1, length // 4)
-        needed = dict.fromkeys(shard for shard, _ in self._places(position, length))
-        self.shards.prefetch(list(needed))
-
-    def _places(self, position: int, length: int) -> list[tuple[int, int]]:
-        """The (shard, sample) pairs of so many positions, at most an epoch; without an order as far as there are."""
         if self.order is None:
-            return [self._find(number, 0) for number in range(position, min(position + length, len(self)))]
-        epoch, place = divmod(position, len(self.order))
-        pairs = self.order.positions(epoch, place, min(place + length, len(self.order)))
-        return pairs + self.order.positions(epoch + 1, 0, length - len(pairs))
+            shard = self._find(position, 0)[0]
+            following = -(-int(self._ends[shard]) * int(self.num_samples) // int(self._ends[-1]))  # position
+            upcoming = [shard, self._find(min(following, len(self) - 1), 0)[0]]
+        else:
+            upcoming = self.order.shards_at(position)
+        if upcoming != self._upcoming:
+            self._upcoming = upcoming
+            self.shards.prefetch(list(dict.fromkeys(upcoming)))
 
     def _find(self, position: int, attempt: int) -> tuple[int, int]:
         if self.order is None:

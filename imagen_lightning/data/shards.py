@@ -125,7 +125,7 @@ def open_shards(
     verify: Verify = "off",
     cache: Path | None = None,
     cache_bytes: int = 20 * 10**9,
-    read_ahead: int = 8,
+    read_ahead: int = 16,
 ) -> Shards:
     """Finds shards and reads their indexes, making those that are missing or stale.
 
@@ -135,7 +135,7 @@ def open_shards(
         cache: the folder for remote shards, their indexes, and those of shards in folders that cannot be written;
             None is `cache_folder()`.
         cache_bytes: most bytes of remote shards that are kept there.
-        read_ahead: number of shards that are read from at once, and of those fetched ahead.
+        read_ahead: number of shards that are read from or fetched ahead at once.
 
     Raises:
         InputError: see `list_shards`; a shard that cannot be read, or a cache that is too small for `read_ahead`.
@@ -156,7 +156,7 @@ def open_shards(
 
     indexes = list(map_shards(open_one, names))
     if remote is not None:
-        remote.check([index.size for index in indexes if is_remote(index.shard)], 2 * read_ahead)
+        remote.check([index.size for index in indexes if is_remote(index.shard)], read_ahead)
     return Shards(indexes, verify, remote)
 
 

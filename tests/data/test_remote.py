@@ -411,8 +411,8 @@ def test_shards_in_use_stay_and_a_full_cache_says_so(server, tmp_path):
 def test_a_cache_too_small_is_refused_at_once(server, tmp_path):
     settings = {"cache": tmp_path / "cache", "cache_bytes": 30_000}
     with pytest.raises(InputError, match=r"does not hold the 4 shards .* raise cache_gb, or shuffle fewer together"):
-        open_shards(f"{server.address}/train-{{00..05}}.tar", read_ahead=2, **settings)
-    open_shards(f"{server.address}/train-{{00..05}}.tar", read_ahead=1, **settings)
+        open_shards(f"{server.address}/train-{{00..05}}.tar", read_ahead=4, **settings)
+    open_shards(f"{server.address}/train-{{00..05}}.tar", read_ahead=2, **settings)
     with pytest.raises(InputError, match="does not fit into a cache of 500"):
         open_shards(f"{server.address}/train-00.tar", cache=tmp_path / "other", cache_bytes=500)
 
