@@ -54,6 +54,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _TURNED = (5, 6, 7, 8)  # width and height change places
+_REVERSED = (2, 3, 6, 7), (3, 4, 7, 8)  # the upright image's left, or its top, is an end of the stored one
 
 
 def decode_image(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> Image.Image:
@@ -106,10 +107,15 @@ def decode_fitted(
         orientation = _orientation(image)
         upright = image.size[::-1] if orientation in _TURNED else image.size
         window = _window(upright, size, place, allow_upscale)
-        if isinstance(image, JpegImageFile) and not exact:
-            reduction = _reduce(image, window.scale)
+        if isinstance(image, JpegImageFile) and not exact and window.reduction > 1:
+            part = image.width // window.reduction, image.height // window.reduction
+            reduction = 1 if image.draft(None, part) is None else window.reduction
         image.load()
-        return _cut(_upright(to_srgb(image), orientation), window, reduction)
+        image = _upright(to_srgb(image), orientation)
+        # the last pixel of a reduced image reaches beyond the whole one: where a turn makes it the first, all shifts
+        beyond = [part * reduction - side for part, side in zip(image.size, upright)]
+        shift = [over if orientation in turned else 0 for over, turned in zip(beyond, _REVERSED)]
+        return _cut(image, window, reduction, (shift[0], shift[1]))
 
 
 def fit(image: Image.Image, size: int | tuple[int, int], place: float = 0.5, allow_upscale: bool = False) -> Tensor:
@@ -126,7 +132,7 @@ def fit(image: Image.Image, size: int | tuple[int, int], place: float = 0.5, all
     Raises:
         Unusable: the image is smaller than `size` and may not be enlarged.
     """
-    return _cut(image, _window(image.size, size, place, allow_upscale), 1)
+    return _cut(image, _window(image.size, size, place, allow_upscale))
 
 
 def size_from_header(data: bytes, formats: tuple[str, ...] = SHARD_FORMATS) -> tuple[int, int]:
@@ -150,6 +156,7 @@ class _Window(NamedTuple):
     width: int
     height: int
     scale: float  # pixels of the image to one of the result, along a side
+    reduction: int  # the image at 1/8, 1/4 or 1/2 of its size, the least that leaves 2 pixels to one of the result
 
 
 def _window(image: tuple[int, int], size: int | tuple[int, int], place: float, allow_upscale: bool) -> _Window:
@@ -159,16 +166,20 @@ def _window(image: tuple[int, int], size: int | tuple[int, int], place: float, a
         raise Unusable(Reason.TOO_SMALL)
     # the side that fills the result is kept whole, to the pixel
     kept = [side if side <= scale * new else scale * new for side, new in zip(image, (width, height))]
-    left, top = (min(round(place * (side - keep)), side - keep) for side, keep in zip(image, kept))
-    return _Window((left, top, left + kept[0], top + kept[1]), width, height, scale)
+    reduction = next((number for number in (8, 4, 2) if scale >= 2 * number), 1)
+    rooms = [side - keep for side, keep in zip(image, kept)]
+    # at whole pixels of the reduced image, a quarter of the result's at most from where it should be
+    left, top = (min(round(place * room / reduction), room // reduction) * reduction for room in rooms)
+    return _Window((left, top, left + kept[0], top + kept[1]), width, height, scale, reduction)
 
 
-def _cut(image: Image.Image, window: _Window, reduction: int) -> Tensor:
-    """The window of an image that was decoded at 1 / reduction of its size."""
+def _cut(image: Image.Image, window: _Window, reduction: int = 1, shift: tuple[int, int] = (0, 0)) -> Tensor:
+    """The window of an image that was decoded at 1 / reduction of its size, with so many pixels more at its left and
+    top (of the whole image)."""
     if window.scale == 1:
         whole = image.size == (window.width, window.height)
         return from_pil(image if whole else image.crop(tuple(map(round, window.box))))  # type: ignore[arg-type]
-    scale, box = window.scale / reduction, [side / reduction for side in window.box]
+    scale, box = window.scale / reduction, [(side + by) / reduction for side, by in zip(window.box, shift * 2)]
     if scale > 1 and all(number.is_integer() for number in (scale, *box)):
         return from_pil(image.reduce(int(scale), tuple(map(int, box))))  # type: ignore[arg-type]
     if scale < 1:
@@ -176,14 +187,6 @@ def _cut(image: Image.Image, window: _Window, reduction: int) -> Tensor:
     else:  # Pillow's area filter takes whole pixels, which is uneven where few of them make one
         filter_ = Image.Resampling.BOX if reduction == 1 else Image.Resampling.HAMMING
     return from_pil(image.resize((window.width, window.height), filter_, box=(box[0], box[1], box[2], box[3])))
-
-
-def _reduce(image: JpegImageFile, scale: float) -> int:
-    """Has a JPEG decoded at 1/8, 1/4 or 1/2 of its size, the least that leaves 2 pixels to one of the result."""
-    reduction = next((number for number in (8, 4, 2) if scale >= 2 * number), 1)
-    if reduction > 1 and image.draft(None, (image.width // reduction, image.height // reduction)) is None:
-        return 1
-    return reduction
 
 
 @contextmanager

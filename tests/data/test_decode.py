@@ -254,14 +254,18 @@ def test_scaled_decoding_begins_at_four_pixels_to_one():
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_scaled_decoding_of_turned_pictures(orientation):
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-    upright = waves(640, 400)
+    for size in ((640, 400), (631, 403)):  # the second leaves parts of blocks at two sides
+        check_turned(waves(*size), orientation, turns)
+
+
+def check_turned(upright, orientation, turns):
     stored = upright.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(stored, "JPEG", quality=95, exif=exif)
-    for target, place in ((64, 0.2), ((32, 64), 0.9), (400, 0.7), ((100, 160), 0.5)):
+    for target, place in ((50, 0.2), (25, 0.6), ((32, 64), 0.9), (400, 0.7), ((100, 160), 0.5)):
         expected = fit(upright, target, place)
-        assert (decode_fitted(data, target, place).float() - expected.float()).abs().mean() < 2
+        assert (decode_fitted(data, target, place).float() - expected.float()).abs().mean() < 1
 
 
 def test_scaled_decoding_judges_the_whole_image():
