@@ -150,12 +150,13 @@ class Measurer:
         return [f"{extractor.name} {extractor.sha256}" for extractor in named]
 
     def _protocol(self, drawing: Drawing, images: Tensor, chain: Chain | None) -> Protocol:
-        made: dict[str, Any] = {}
+        # Real images bear the weights' and precision's names too: they are measured as the stages' images are.
+        made: dict[str, Any] = {"precision": drawing.precision, "weights": "ema"}
         if chain is not None:
             for name in ("guidance", "steps", "aug_level"):
                 made[name] = [getattr(setting, name) for setting in chain.settings]
             made["sampler"] = [type(setting.sampler).__name__ for setting in chain.settings]
-            made |= {"seed": drawing.seed, "precision": drawing.precision, "weights": "ema"}
+            made["seed"] = drawing.seed
         return Protocol(
             "none",
             image_size=images.shape[-1],
