@@ -15,6 +15,7 @@ from imagen_lightning.errors import InputError, counted
 from imagen_lightning.metrics.distributed import all_sum
 
 _TINY = 1e-7  # a pivot that much smaller than the largest is rounding: its square is beyond float64
+_BLOCK = 256  # columns of a triangular product at once
 
 
 class FeatureMoments:
@@ -148,9 +149,14 @@ def gaussian_frechet_distance(
     mean_1, covariance_1, mean_2, covariance_2 = (
         value.double() for value in (mean_1, covariance_1, mean_2, covariance_2.to(covariance_1.device))
     )
-    factor = factored(covariance_1)
     # (S_1 S_2)^1/2 has the trace of (F^T S_2 F)^1/2; eigenvalues come in ascending order.
-    squares = torch.linalg.eigvalsh(factor.T @ covariance_2 @ factor).clamp(min=0)
+    lower = _cholesky(covariance_1)
+    if lower is None:
+        factor = _root(covariance_1)
+        product = factor.T @ covariance_2 @ factor
+    else:
+        product = _congruent(lower, covariance_2)
+    squares = torch.linalg.eigvalsh(product).clamp(min=0)
     cross = squares[-rank:].sqrt().sum() if rank else squares.sqrt().sum()
     distance = (mean_1 - mean_2.to(mean_1.device)).square().sum() + covariance_1.trace() + covariance_2.trace()
     return max(float(distance - 2 * cross), 0.0)
@@ -158,12 +164,35 @@ def gaussian_frechet_distance(
 
 def factored(covariance: Tensor) -> Tensor:
     """F (D, R) with F F^T = covariance (D, D): Cholesky's, or by eigenvalues where the covariance is singular."""
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed and factor.diagonal().min() > _TINY * factor.diagonal().max():
-        return factor
+    lower = _cholesky(covariance)
+    return _root(covariance) if lower is None else lower
+
+
+def _cholesky(covariance: Tensor) -> Tensor | None:
+    """Lower triangular, or None where the covariance is singular."""
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    pivots = lower.diagonal()
+    return None if failed or pivots.min() <= _TINY * pivots.max() else lower
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """(D, R) without the directions that the covariance has not."""
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _congruent(lower: Tensor, covariance: Tensor) -> Tensor:
+    """The lower half of L^T S L, all that `eigvalsh` reads, without the products with L's zeros."""
+    half, result = torch.empty_like(covariance), torch.zeros_like(covariance)
+    starts = range(0, len(covariance), _BLOCK)
+    for start in starts:
+        block = slice(start, start + _BLOCK)
+        half[:, block] = covariance[:, start:] @ lower[start:, block]
+    for start in starts:
+        block = slice(start, start + _BLOCK)
+        result[block, : start + _BLOCK] = lower[start:, block].T @ half[start:, : start + _BLOCK]
+    return result
 
 
 def frechet_influence(features: Tensor, reference: FeatureMoments) -> Tensor:

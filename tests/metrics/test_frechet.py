@@ -62,7 +62,9 @@ def test_the_published_value():
 
 
 @pytest.mark.parametrize(("num_x", "num_y"), [(300, 200), (300, 20), (20, 300), (30, 20), (2, 2)])
-def test_any_number_of_samples(num_x, num_y):
+@pytest.mark.parametrize("block", [64, 23])
+def test_any_number_of_samples(num_x, num_y, block, monkeypatch):
+    monkeypatch.setattr("imagen_lightning.metrics.frechet._BLOCK", block)
     x, y = features(num_x, 64, 0), features(num_y, 64, 1, shift=0.1, scale=1.3)
     assert distance(x, y) == pytest.approx(by_singular_values(x, y), rel=1e-9)
     assert distance(y, x) == pytest.approx(distance(x, y), rel=1e-9)
