@@ -53,6 +53,6 @@ setup(
     },
     package_data={"": ["*.yaml"], "imagen_lightning": ["py.typed"]},
     install_requires=runtime,
-    extras_require={"dev": dev, "parquet": ["pyarrow>=16"]},
+    extras_require={"dev": dev, "parquet": ["pyarrow>=16"], "onnx": ["onnxruntime>=1.20"]},
     entry_points={"console_scripts": ["imagen-lightning = imagen_lightning.cli.main:main"]},
 )

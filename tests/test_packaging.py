@@ -116,7 +116,8 @@ def test_what_the_package_imports_is_required(built):
     required = {
         normal(requirement.name)
         for requirement in requirements(built)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "parquet"})
+        if requirement.marker is None
+        or any(requirement.marker.evaluate({"extra": extra}) for extra in ("parquet", "onnx"))
     }
     providers = packages_distributions()
     imported = {}

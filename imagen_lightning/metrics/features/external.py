@@ -154,9 +154,9 @@ class TorchScriptFeatures(FileFeatures):
 
 
 class OnnxFeatures(FileFeatures):
-    """An ONNX file, run by onnxruntime on the CPU (`pip install onnxruntime`); see `FileFeatures` for the arguments.
+    """An ONNX file, run by onnxruntime on the CPU; see `FileFeatures` for the arguments.
 
-    ONNX holds a graph of known operators and no program. The file must hold its weights itself: it is loaded from the
+    onnxruntime comes with `pip install "imagen-lightning[onnx]"`. ONNX holds a graph of known operators and no program. The file must hold its weights itself: it is loaded from the
     bytes that were hashed, so that tensors in a second file are refused. The first input and output are taken.
     """
 
@@ -170,7 +170,9 @@ class OnnxFeatures(FileFeatures):
         try:
             import onnxruntime
         except ImportError:
-            raise InputError(f"extractor file {str(self.path)!r} needs `pip install onnxruntime`") from None
+            raise InputError(
+                f"extractor file {str(self.path)!r} needs `pip install onnxruntime`; it is no part of the installation"
+            ) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
