@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from imagen_lightning.callbacks import (
@@ -169,6 +170,57 @@ def assert_same(first, second, but=(), place=""):
             assert_same(a, b, but, f"{place}/{number}")
     else:
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, place
+
+
+def test_resume_from_lightning_s_own_checkpoints(fit, make_base, tmp_path):
+    """Those of every n steps, of validation and of the end hold the position too, and all that makes a run exact."""
+
+    def run(folder, callbacks=(), **more):
+        settings = {"limit_val_batches": 1.0, "val_check_interval": 6, "check_val_every_n_epoch": None}
+        settings |= {"accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
+        fit(
+            [EMA(), Checkpoint(every_n_steps=4), *callbacks],
+            9,
+            make_base(dropout=0.5),
+            folder=folder,
+            **settings,
+            **more,
+        )
+        return load(folder / "checkpoints" / "last.ckpt")
+
+    own = [
+        ModelCheckpoint(tmp_path / "own", "steps-{step}", every_n_train_steps=2, save_top_k=-1, save_last=True),
+        ModelCheckpoint(tmp_path / "own", "val-{step}", monitor="val/loss", save_top_k=-1),
+    ]
+    whole = run(tmp_path / "whole", own)
+    whole["callbacks"] = {name: state for name, state in whole["callbacks"].items() if "ModelCheckpoint" not in name}
+    kinds = ["last.ckpt", *(f"steps-step={n}.ckpt" for n in (2, 4, 6, 8)), *(f"val-step={n}.ckpt" for n in (3, 6, 9))]
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == sorted(kinds)
+    for name in kinds:
+        content = load(tmp_path / "own" / name)
+        step = content["global_step"]
+        assert content["ShapesDataModule"]["position"] == 4 * 2 * step
+        if step < 9:
+            resumed = run(tmp_path / name, resume=tmp_path / "own" / name)
+            assert_same(resumed, whole, but=["loops"])
+
+
+def test_the_precision_scaler_goes_on(fit, make_base, tmp_path):
+    """Scaled fp16, which has a CPU's kernels too."""
+
+    def run(steps, folder, **more):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        fit(
+            [EMA(), Checkpoint(every_n_steps=2)], steps, make_base(dropout=0.5), folder=folder, plugins=[plugin], **more
+        )
+        return load(folder / "checkpoints" / "last.ckpt")
+
+    whole = run(10, tmp_path / "whole")
+    parts = run(5, tmp_path / "parts")
+    assert parts["MixedPrecision"]["scale"] < 2.0**24
+    assert whole["MixedPrecision"] != parts["MixedPrecision"]
+    assert_same(run(10, tmp_path / "parts", resume=find_last(tmp_path / "parts")), whole, but=["loops"])
 
 
 def test_global_random_states_return(fit, tmp_path):
