@@ -162,7 +162,7 @@ class ValueColumn:
     """Values that stand in one column of a table.
 
     Attributes:
-        letter: by which the page refers to the protocol.
+        letter: by which the page refers to the protocol; metrics that were measured alike share it.
         values: by row, where the row has one.
     """
 
@@ -173,9 +173,14 @@ class ValueColumn:
     def first(self) -> Value:
         return next(iter(self.values.values()))
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the metric is a part of another, as "caption accuracy, shape" is."""
+        return "," in self.first.metric
+
 
 def value_columns(rows: Sequence[Sequence[Value]], compared: Collection[str] = ()) -> list[ValueColumn]:
-    """A column for every metric and protocol, those of one metric side by side.
+    """A column for every metric and protocol, those of one metric side by side and parts of metrics last.
 
     Args:
         rows: the values of each row.
@@ -183,13 +188,16 @@ def value_columns(rows: Sequence[Sequence[Value]], compared: Collection[str] = (
     """
     owner = {id(value): number for number, row in enumerate(rows) for value in row}
     flat = [value for row in rows for value in row]
-    # A metric's parts, "caption accuracy, shape", stand after all whole metrics.
     metrics = sorted(dict.fromkeys(value.metric for value in flat), key=lambda metric: "," in metric)
     groups = columns(flat, compared)
     groups.sort(key=lambda group: metrics.index(group[0].metric))
-    return [
-        ValueColumn(_letter(place), {owner[id(value)]: value for value in group}) for place, group in enumerate(groups)
-    ]
+    letters: dict[str, str] = {}
+    made = []
+    for group in groups:
+        key = replace(group[0].protocol, metric="any").key(compared)
+        letter = letters.setdefault(key, _letter(len(letters)))
+        made.append(ValueColumn(letter, {owner[id(value)]: value for value in group}))
+    return made
 
 
 def _letter(place: int) -> str:

@@ -12,8 +12,8 @@ from imagen_lightning.errors import InputError, counted
 from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.metrics.protocol import MADE, Value
 from imagen_lightning.report import figures
-from imagen_lightning.report.comparable import value_columns
-from imagen_lightning.report.markup import element, number
+from imagen_lightning.report.comparable import ValueColumn, value_columns
+from imagen_lightning.report.markup import Html, element, number
 from imagen_lightning.report.page import Cell, Column, Page, Section, details, encode, image, table
 from imagen_lightning.report.runs import Problems
 from imagen_lightning.report.sample_sets import open_picture
@@ -22,7 +22,7 @@ from imagen_lightning.report.values import protocol_list, value_cell, value_hint
 
 MOST_PICTURES = 24
 PICTURE_SIDE = 1200  # px
-_OF_ALL_STAGES = {"real": "real low-res", "generated": "generated low-res", "chain": "whole cascade"}
+GIVEN = {"real": "real low-res", "generated": "generated low-res", "chain": "whole cascade"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,24 @@ def add(page: Page, found: Sequence[FoundEvaluation], problems: Problems) -> Non
     if not lines:
         return
     section = page.section("Evaluation", "evaluation")
-    _table(section, lines, several=len(found) > 1)
+    for alike in _groups(lines):
+        names = dict.fromkeys(line.source.name for line in alike)
+        section.add(element("h3", ", ".join(names)), *_table(alike, several=len(names) > 1))
     _pictures(section, lines, problems)
     _pareto(page, lines)
+
+
+def _groups(lines: Sequence[Line]) -> list[list[Line]]:
+    """Evaluations of one kind that share a metric and its protocol, hence a column, stand in one table."""
+    groups: list[tuple[set[str], list[Line]]] = []
+    for source in dict.fromkeys(line.source.folder for line in lines):
+        own = [line for line in lines if line.source.folder == source]
+        kind = own[0].source.evaluation.kind
+        keys = {f"{kind} {value.protocol.key(MADE)}" for line in own for value in line.values}
+        touched = [group for group in groups if group[0] & keys]
+        groups = [group for group in groups if not group[0] & keys]
+        groups.append((keys.union(*(group[0] for group in touched)), [*(i for g in touched for i in g[1]), *own]))
+    return [group for _, group in groups]
 
 
 def _line(source: FoundEvaluation, row: Row, problems: Problems) -> Line:
@@ -61,7 +76,8 @@ def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, proble
     return value
 
 
-def _table(section: Section, lines: Sequence[Line], several: bool) -> None:
+def _table(lines: Sequence[Line], several: bool) -> list[Html]:
+    """The whole metrics of the lines, and parts of metrics folded away."""
     names = figures.settings_that_vary([line.row.settings for line in lines])
     # What the table shows beside the values it compares; how pictures are measured it never does.
     compared = [name for name in MADE if name in names]
@@ -70,32 +86,60 @@ def _table(section: Section, lines: Sequence[Line], several: bool) -> None:
         *([Column("Evaluation")] if several else []),
         Column("Stage"),
         Column("Given", "What a super-resolution stage enlarged"),
-        *(Column(name.replace("_", " ").capitalize()) for name in names),
-        *(Column(value_title(column), value_hint(column), numeric=True) for column in columns),
-        Column("s/image", "Seconds of sampling", numeric=True),
-        Column("Memory", "Peak of sampling", numeric=True),
     ]
-    rows = []
-    for place, line in enumerate(lines):
-        memory, seconds = line.row.peak_memory_bytes, line.row.seconds_per_image
-        rows.append(
-            [
-                *([line.source.name] if several else []),
-                line.row.stage,
-                Cell(_OF_ALL_STAGES.get(line.row.input or "", "–"), line.row.input),
-                *(_setting(line.row.settings.get(name)) for name in names),
-                *(value_cell(column, place) for column in columns),
-                Cell(number(seconds, 3), seconds),
-                Cell("–" if memory is None else f"{memory / 2**20:,.0f} MiB", memory),
-            ]
-        )
-    section.add(table(head, rows, caption=f"{counted(len(rows), 'row')} of evaluations; a title sorts"))
-    section.add(protocol_list(columns, compared))
+    rows = [
+        [
+            *([line.source.name] if several else []),
+            line.row.stage,
+            Cell(GIVEN.get(line.row.input or "", "–"), line.row.input),
+        ]
+        for line in lines
+    ]
+    # A sweep's rows are told apart by their settings, a matrix's by their stages.
+    first = lines[0].source.evaluation.kind == "sweep"
+    settings = [Column(name.replace("_", " ").capitalize()) for name in names]
+    costs = [Column("s/image", "Seconds of sampling", numeric=True), Column("Memory", "Peak of sampling", numeric=True)]
+    if first:
+        head += settings
+        rows = [[*row, *_settings(line, names)] for row, line in zip(rows, lines)]
+    whole = [column for column in columns if not column.is_part]
+    parts = [column for column in columns if column.is_part]
+    body = [
+        [*row, *_cells(whole, place), *_costs(lines[place]), *([] if first else _settings(lines[place], names))]
+        for place, row in enumerate(rows)
+    ]
+    titles = [*head, *_titles(whole), *costs, *([] if first else settings)]
+    made = [
+        table(titles, body, caption=f"{counted(len(rows), 'row')}; a title sorts"),
+        protocol_list(columns, compared),
+    ]
+    if parts:
+        body = [[*row, *_cells(parts, place)] for place, row in enumerate(rows)]
+        made.append(details("Parts of metrics", table([*head, *_titles(parts)], body, caption="Parts of metrics")))
+    return made
 
 
-def _setting(value: Any) -> Cell:
-    text = figures.setting(value)
-    return Cell(text, None if value is None else text)
+def _settings(line: Line, names: Sequence[str]) -> list[Cell]:
+    values = [line.row.settings.get(name) for name in names]
+    return [Cell(figures.setting(value), None if value is None else figures.setting(value)) for value in values]
+
+
+def _titles(columns: Sequence[ValueColumn]) -> list[Column]:
+    return [Column(value_title(column), value_hint(column), numeric=True) for column in columns]
+
+
+def _cells(columns: Sequence[ValueColumn], place: int) -> list[Cell]:
+    return [value_cell(column, place) for column in columns]
+
+
+def _costs(line: Line) -> list[Cell]:
+    memory, seconds = line.row.peak_memory_bytes, line.row.seconds_per_image
+    shown = "–" if memory is None else f"{memory / 2**20:,.0f} MiB"
+    return [Cell(number(seconds, 3), seconds), Cell(shown, memory)]
+
+
+def _place(line: Line) -> tuple[str, str, str]:
+    return line.source.name, line.row.stage, GIVEN.get(line.row.input or "", "")
 
 
 def _pictures(section: Section, lines: Sequence[Line], problems: Problems) -> None:
@@ -105,7 +149,9 @@ def _pictures(section: Section, lines: Sequence[Line], problems: Problems) -> No
         picture = open_picture(Path(line.source.folder, str(line.row.samples)), problems.add)
         if picture is None:
             continue
-        words = line.source.name, line.row.stage, _OF_ALL_STAGES.get(line.row.input or "")
+        alike = [other for other in wanted if _place(other) == _place(line)]
+        label = figures.labels([other.row.settings for other in alike])[alike.index(line)]
+        words = *_place(line), label
         title = ", ".join(word for word in words if word)
         shown.append(details(title, image(encode(picture, PICTURE_SIDE), f"Samples of {title}")))
     if shown:
@@ -137,9 +183,10 @@ def _pareto(page: Page, lines: Sequence[Line]) -> None:
     if not plots:
         return
     section = page.section("Pareto", "pareto")
-    section.add(
-        element("p", "Each point is an operating point; the line joins those that no other beats.", class_="hint")
+    note = (
+        "The line joins the operating points that no other beats. Bars are intervals; a double click shows them whole."
     )
+    section.add(element("p", note, class_="hint"))
     for (x_metric, y_metric, *_), found in plots.items():
         names = ", ".join(dict.fromkeys(style.name for style, _ in found))
         section.figure(figures.pareto(found), f"{y_metric} against {x_metric}", names, height=460)

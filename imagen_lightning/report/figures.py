@@ -198,29 +198,42 @@ def pareto(sweeps: Sequence[tuple[Style, Sequence[Point]]]) -> go.Figure:
     first = sweeps[0][1][0]
     figure = empty(_axis(first.x.metric), named=len(sweeps) > 1, y_title=_axis(first.y.metric))
     figure.update_layout(margin={"t": 25})
+    places = [point for _, points in sweeps for point in points]
+    figure.update_xaxes(range=_range([point.x.value for point in places]))  # intervals may be far longer
+    figure.update_yaxes(range=_range([point.y.value for point in places]))
     for style, points in sweeps:
         front = pareto_front(points)
         line = _trace(
             style, [p.x.value for p in front], [p.y.value for p in front], "front", showlegend=False, hoverinfo="skip"
         )
         figure.add_trace(line)
+        ordered = sorted(points, key=lambda point: (point.x.value, point.y.value))
+        corners = ("top right", "bottom right", "top left", "bottom left")  # in turn, so that fewer labels meet
         trace = _trace(
             style,
-            [point.x.value for point in points],
-            [point.y.value for point in points],
+            [point.x.value for point in ordered],
+            [point.y.value for point in ordered],
             "points",
             mode="markers+text" if len(points) <= 30 else "markers",
-            text=[plain(point.label) for point in points],
-            textposition="top right",
+            text=[plain(point.label) for point in ordered],
+            textposition=[corners[place % 4] for place in range(len(ordered))],
             textfont={"size": 11},
-            hovertext=[_words(point) for point in points],
+            hovertext=[_words(point) for point in ordered],
             hoverinfo="text",
-            error_x=_bars([point.x for point in points]),
-            error_y=_bars([point.y for point in points]),
+            error_x=_bars([point.x for point in ordered], style),
+            error_y=_bars([point.y for point in ordered], style),
         )
         trace.marker = {"size": 9, "color": style.colour}
         figure.add_trace(trace)
     return figure
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Room for points and their labels."""
+    finite = [value for value in values if np.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    room = 0.25 * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - room, high + room]
 
 
 def _axis(metric: str) -> str:
@@ -241,9 +254,10 @@ def plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _bars(values: Sequence[Value]) -> Mapping[str, Any]:
+def _bars(values: Sequence[Value], style: Style) -> Mapping[str, Any]:
     if any(value.low is None or value.high is None for value in values):
         return {"visible": False}
+    red, green, blue = bytes.fromhex(style.colour[1:])
     return {
         "type": "data",
         "symmetric": False,
@@ -251,6 +265,7 @@ def _bars(values: Sequence[Value]) -> Mapping[str, Any]:
         "arrayminus": [value.value - (value.low or 0.0) for value in values],
         "thickness": 1,
         "width": 2,
+        "color": f"rgba({red},{green},{blue},0.4)",
     }
 
 

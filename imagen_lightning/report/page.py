@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import BytesIO
@@ -66,35 +66,26 @@ class Column:
     before: Any = ""
 
 
-def table(
-    columns: Sequence[Column | str],
-    rows: Sequence[Sequence[Any]],
-    *,
-    caption: str,
-    row_attributes: Sequence[Mapping[str, Any]] | None = None,
-) -> Html:
+def table(columns: Sequence[Column | str], rows: Sequence[Sequence[Any]], *, caption: str) -> Html:
     """A table whose titles sort it; it scrolls sideways where it is wide.
 
     Args:
         columns: their titles.
         rows: cells: a `Cell`, a text, a number (sorted as one), or None for an empty cell.
         caption: what the table shows; said by screen readers, and shown above it.
-        row_attributes: attributes of each row's element, named as `element` takes them.
 
     Raises:
         ValueError: a row has another number of cells than there are columns.
     """
     made = [item if isinstance(item, Column) else Column(item) for item in columns]
-    attributes = row_attributes or [{}] * len(rows)
     head = element("tr", *(_title(column) for column in made))
-    body = []
-    for row, given in zip(rows, attributes, strict=True):
-        cells = (
-            _cell(column, item, number_ == 0) for number_, (column, item) in enumerate(zip(made, row, strict=True))
-        )
-        body.append(element("tr", *cells, **given))
+    body = [[_cell(column, item, column is made[0]) for column, item in zip(made, row, strict=True)] for row in rows]
     inner = element(
-        "table", element("caption", caption), element("thead", head), element("tbody", *body), class_="sortable"
+        "table",
+        element("caption", caption),
+        element("thead", head),
+        element("tbody", *(element("tr", *cells) for cells in body)),
+        class_="sortable",
     )
     return element("div", inner, class_="scroll", role="region", aria_label=caption, tabindex=0)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from imagen_lightning.metrics.protocol import MADE, Protocol, Value
+from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.comparable import ValueColumn, lower_is_better
 from imagen_lightning.report.figures import setting
 from imagen_lightning.report.markup import Html, element, join, measured
@@ -12,7 +12,7 @@ from imagen_lightning.report.page import Cell
 
 _WORDS = {
     "extractor": "extractor {}",
-    "extractor_sha256": "weights {}",
+    "extractor_sha256": "extractor weights {}",
     "resize_filter": "resized by {}",
     "image_size": "{} px",
     "num_samples": "{} samples",
@@ -20,7 +20,7 @@ _WORDS = {
     "reference": "reference {}",
     "prompts": "captions {}",
     "weights": "{} weights",
-    "precision": "in {}",
+    "precision": "precision {}",
     "settings": "{}",
     "guidance": "guidance {}",
     "steps": "{} steps",
@@ -28,6 +28,7 @@ _WORDS = {
     "aug_level": "augmentation level {}",
     "seed": "seed {}",
 }
+_MOST_CHANGES = 4
 _HASHES = ("extractor_sha256", "reference", "prompts")
 
 
@@ -38,12 +39,8 @@ def value_title(column: ValueColumn) -> Html:
 
 def value_hint(column: ValueColumn) -> str:
     """What the pointer tells of the title."""
-    return f"{direction(column.first.metric)}; protocol {column.letter} is described under the table"
-
-
-def direction(metric: str) -> str:
-    """ "lower is better" or "higher is better"."""
-    return f"{'lower' if lower_is_better(metric) else 'higher'} is better"
+    way = "lower" if lower_is_better(column.first.metric) else "higher"
+    return f"{way} is better; protocol {column.letter} is described under the table"
 
 
 def value_cell(column: ValueColumn, row: int) -> Cell:
@@ -75,39 +72,60 @@ def interval_words(value: Value) -> str:
 
 
 def protocol_list(columns: Sequence[ValueColumn], compared: Collection[str] = ()) -> Html:
-    """What each column's letter stands for, and why a metric has several columns.
+    """What the letters stand for: each protocol in full, or by what parts it from the nearest one before.
 
     Args:
         columns: of one table.
         compared: settings that the table shows beside the values.
     """
-    entries: dict[str, tuple[list[str], list[str]]] = {}  # letters and metrics by what is said of them
+    by_letter: dict[str, list[ValueColumn]] = {}
     for column in columns:
-        metric = column.first.metric
-        intervals = dict.fromkeys(interval_words(value) for value in column.values.values())
-        words = [protocol_words(column.first.protocol, compared), direction(metric), ", ".join(intervals)]
-        first = next(other for other in columns if other.first.metric == metric)
-        if first is not column:
-            why = ", ".join(first.first.protocol.differences(column.first.protocol, compared))
-            words.append(f"apart from {first.letter}, for they differ in {why}")
-        letters, metrics = entries.setdefault("; ".join(word for word in words if word), ([], []))
-        letters.append(column.letter)
-        metrics.append(metric)
-    lines = [
-        (element("dt", " ".join(letters)), element("dd", element("b", "; ".join(metrics)), ": ", words))
-        for words, (letters, metrics) in entries.items()
+        by_letter.setdefault(column.letter, []).append(column)
+    known: dict[str, dict[str, str]] = {}
+    entries = []
+    for letter, own in by_letter.items():
+        facts = protocol_facts(own[0].first.protocol, compared)
+        metrics = ", ".join(dict.fromkeys(column.first.metric.partition(",")[0] for column in own))
+        intervals = dict.fromkeys(interval_words(value) for column in own for value in column.values.values())
+        text = f"{_described(facts, known)}; {', '.join(intervals)}"
+        known[letter] = facts
+        entries += [element("dt", letter), element("dd", element("b", metrics), ": ", text)]
+    return join(element("dl", *entries, class_="protocols"), _directions(columns))
+
+
+def _described(facts: Mapping[str, str], known: Mapping[str, Mapping[str, str]]) -> str:
+    """A protocol by its facts, or by the few in which it differs from one that is known."""
+    changes = {letter: _changes(facts, other) for letter, other in known.items()}
+    nearest = min(changes, key=lambda letter: len(changes[letter]), default=None)
+    if nearest is not None and 0 < len(changes[nearest]) <= _MOST_CHANGES:
+        return f"as {nearest}, but {', '.join(changes[nearest])}"
+    return ", ".join(words for name, words in facts.items() if name != "reference" or "reference_name" not in facts)
+
+
+def _changes(facts: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    names = [name for name in _WORDS if facts.get(name) != other.get(name)]
+    return [facts.get(name, f"{name.replace('_', ' ')}: none") for name in names]
+
+
+def _directions(columns: Sequence[ValueColumn]) -> Html:
+    metrics = list(dict.fromkeys(column.first.metric.partition(",")[0] for column in columns))
+    parts = [
+        f"{way} is better: {', '.join(found)}"
+        for way, found in (
+            ("Lower", [metric for metric in metrics if lower_is_better(metric)]),
+            ("Higher", [metric for metric in metrics if not lower_is_better(metric)]),
+        )
+        if found
     ]
-    return element("dl", *(part for line in lines for part in line), class_="protocols")
+    return element("p", ". ".join(parts), class_="hint")
 
 
-def protocol_words(protocol: Protocol, without: Collection[str] = MADE) -> str:
-    """A protocol's fields in one line."""
-    parts = []
+def protocol_facts(protocol: Protocol, without: Collection[str] = ()) -> dict[str, str]:
+    """A protocol's fields in words, by name."""
+    facts = {}
     content = protocol.to_json()
     for name, pattern in _WORDS.items():
         value = content.get(name)
-        if value is None or name in without or (name == "reference" and "reference_name" in content):
-            continue
-        shown = str(value)[:10] if name in _HASHES else setting(value)
-        parts.append(pattern.format(shown))
-    return ", ".join(parts)
+        if value is not None and name not in without:
+            facts[name] = pattern.format(str(value)[:10] if name in _HASHES else setting(value))
+    return facts

@@ -95,6 +95,12 @@ def test_columns_part_protocols_and_keep_metrics_together():
     found = value_columns(rows)
     numbers = [(c.letter, c.first.metric, {row: v.value for row, v in c.values.items()}) for c in found]
     assert numbers == [("a", "FID", {0: 1, 2: 3}), ("b", "FID", {1: 2}), ("c", "PSNR", {0: 20, 1: 21})]
+    shared = [[value("FID", 1, num_samples=9), value("FID, part", 2, num_samples=9), value("KID", 3, num_samples=9)]]
+    assert [(c.letter, c.first.metric) for c in value_columns(shared)] == [
+        ("a", "FID"),
+        ("a", "KID"),
+        ("a", "FID, part"),
+    ]
     sweep = [[value("FID", guidance, guidance=guidance)] for guidance in range(30)]
     assert len(value_columns(sweep)) == 30
     assert [len(c.values) for c in value_columns(sweep, ["guidance"])] == [30]

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def run(*arguments):
 
 
 def test_the_page_and_the_summary(shards, capsys, visit):
-    stage = str(EXPERIMENTS / "quickstart" / "base.yaml")
+    stage = "quickstart/base.yaml"
     command = ("train-*.tar", "--held-out", "heldout-*.tar", "--stage", stage, "--stage", "128", "--workers", "0")
     assert run(*command) == 0
     out = capsys.readouterr().out
@@ -67,3 +68,21 @@ def test_refusals(shards, capsys, arguments, words):
     assert words in capsys.readouterr().err
     assert not (shards / "doctor.html").exists()
     assert (shards / "notes.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.skipif(not TOKENIZER.exists(), reason="the T5 tokenizer is not there")
+@pytest.mark.parametrize("padding", ["masked", "attended"])
+def test_tokens_are_counted_without_padding(shards, capsys, padding):
+    """`a picture of noise` and the script around the seed are more than 8 tokens and fewer than 77."""
+    folder = shards / "t5"
+    folder.mkdir()
+    for file in TOKENIZER.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text('{"model_type": "t5", "d_model": 8, "vocab_size": 32128}')
+    for max_tokens, share in ((77, "0.0%"), (8, "100.0%")):
+        arguments = {"name_or_path": str(folder), "max_tokens": max_tokens, "padding": padding}
+        encoder = {"class_path": "imagen_lightning.text.T5TextEncoder", "init_args": arguments}
+        config = {"model": {"init_args": {"image_size": 16, "text": {"encoder": encoder}}}}
+        (shards / "stage.yaml").write_text(yaml.safe_dump(config))
+        assert run("train-*.tar", "--stage", "stage.yaml", "--workers", "0") == 0
+        assert f"{share} of captions beyond {max_tokens} tokens" in capsys.readouterr().out

@@ -138,12 +138,21 @@ def test_columns_hold_one_protocol_each(visit, report):
     protocols = page.locator("#runs dl.protocols dd").all_inner_texts()
     assert "mean of the last 20 logged values" in protocols[0]
     assert "1 standard error" in protocols[0]
-    assert "apart from a, for they differ in image size in px: 16 and 64" in protocols[1]
-    evaluation = page.locator("#evaluation dl.protocols dd").all_inner_texts()
-    accuracy = [text for text in evaluation if "caption accuracy" in text]
-    assert len(accuracy) == 2  # at 16 px and at 64 px; guidance and steps stand beside the values
-    assert "95% bootstrap" in accuracy[0]
-    assert "0.9100 – 0.9500" in page.locator("#evaluation tbody tr").first.inner_text()
+    assert protocols[1].startswith("train/loss: as a, but 64 px, reference: super-resolution 16 → 64 px, X0, ")
+    assert "Lower is better: train/loss, val/loss. Higher" in page.locator("#runs").inner_text()
+    tables = page.locator("#evaluation h3").all_inner_texts()
+    assert tables == ["matrix", "sweep", "Pictures"]
+    matrix = page.locator("#evaluation table").first
+    titles = matrix.locator("thead th").all_inner_texts()
+    # At 16 px and at 64 px; guidance and steps stand beside the values.
+    assert titles[:5] == ["Stage", "Given", "caption accuracya", "caption accuracyb", "PSNRb"]
+    assert titles[-3:] == ["Guidance", "Steps", "Seed"]
+    evaluation = page.locator("#evaluation dl.protocols").first.locator("dd").all_inner_texts()
+    assert evaluation == [
+        "caption accuracy: 16 px, 200 samples, captions ababababab, ema weights; 95% bootstrap",
+        "caption accuracy, PSNR: as a, but 64 px; 95% bootstrap",
+    ]
+    assert "0.9100 – 0.9500" in matrix.locator("tbody tr").first.inner_text()
 
 
 def sources_of(samples):
