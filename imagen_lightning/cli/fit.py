@@ -44,6 +44,7 @@ from imagen_lightning.callbacks import (
 )
 from imagen_lightning.callbacks.checkpoint import is_finished
 from imagen_lightning.cascade import load_weights, read_checkpoint
+from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.cli.stage_parser import Parser
 from imagen_lightning.data.datamodule import PositionedDataModule
 from imagen_lightning.errors import InputError
@@ -303,35 +304,6 @@ def _refuse_second_class(config: Any) -> None:
 
 
 # ---- the command line before it is parsed
-
-
-def find_config(name: str) -> Path:
-    """The YAML of that path, or the one of that name that ships with the package ("experiments/quickstart/base.yaml").
-
-    Raises:
-        InputError: there is none.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = Path(__file__).parent.parent / "experiments"
-    inside = shipped.joinpath(*path.parts[1:]) if path.parts[:1] == ("experiments",) else shipped / path
-    if not path.is_absolute() and inside.is_file():
-        return inside
-    raise InputError(
-        f"configuration {name!r} does not exist; give a YAML file or one that ships, e.g. quickstart/base.yaml"
-    )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML's keys; raises InputError where it has none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"configuration {str(path)!r} holds no keys such as `model:`; experiments/ has examples")
-    return content
 
 
 def _take(arguments: Sequence[str], *names: str) -> tuple[list[str], list[str]]:

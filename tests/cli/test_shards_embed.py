@@ -211,7 +211,7 @@ def test_arguments_are_refused_with_their_mend(tmp_path, capsys, monkeypatch):
         ([shards, out, "--encoder", "tiny", "--revision", "x"], "--revision: the encoder 'tiny' has no such setting"),
         ([shards, out, "--encoder", "/no/such/folder"], "'/no/such/folder' does not exist"),
         ([shards, out, "--encoder", "tiny", "--device", "abacus"], "device 'abacus' cannot be used here"),
-        ([shards, out, "--encoder", tmp_path / "none.yaml"], "none.yaml' cannot be read"),
+        ([shards, out, "--encoder", tmp_path / "none.yaml"], "none.yaml' does not exist"),
         ([shards, out], "required: --encoder"),
         ([shards, "--encoder", "tiny"], "required: OUT"),
     ]

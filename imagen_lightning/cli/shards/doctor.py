@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,15 +73,11 @@ def _stage(text: str) -> Stage:
 
     if re.fullmatch(r"[1-9]\d*", text):
         return Stage(f"{text} px", int(text))
-    import yaml
-
+    config = read_config(find_config(text))
     try:
-        config = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
         arguments = config["model"]["init_args"]
         size = int(arguments["image_size"])
-    except OSError as error:
-        raise InputError(f"--stage {text!r} is no size in pixels and cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError):
         raise InputError(f"--stage {text!r} is no stage's YAML: it has no model.init_args.image_size") from None
     encoder = (arguments.get("text") or {}).get("encoder")
     if not encoder:
@@ -89,7 +86,8 @@ def _stage(text: str) -> Stage:
 
     settings = dict(encoder.get("init_args") or {})
     limit = build({"class_path": encoder["class_path"], "init_args": settings}).max_tokens
-    whole = build({"class_path": encoder["class_path"], "init_args": settings | {"max_tokens": _WITHOUT_LIMIT}})
+    longer = {"max_tokens": _WITHOUT_LIMIT} | ({"padding": "masked"} if "padding" in settings else {})
+    whole = build({"class_path": encoder["class_path"], "init_args": settings | longer})
     return Stage(Path(text).stem, size, whole.num_tokens, limit)
 
 

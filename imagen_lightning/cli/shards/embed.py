@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _encoder(arguments: Any) -> TextEncoder:
         given["clean_captions"] = True
     if arguments.encoder.endswith(_YAML):
         _refuse(given, f"the encoder's settings are those of {arguments.encoder}")
-        return _encoder_of(Path(arguments.encoder), arguments.trust)
+        return _encoder_of(find_config(arguments.encoder), arguments.trust)
     length = {"max_tokens": given.pop("length")} if "length" in given else {}
     if arguments.encoder == "tiny":
         _refuse(given, "the encoder 'tiny' has no such setting")
@@ -124,15 +125,10 @@ def _refuse(given: Mapping[str, Any], reason: str) -> None:
 
 def _encoder_of(path: Path, trust: list[str]) -> TextEncoder:
     """The text encoder of the stage that a YAML configures."""
-    import yaml
-
     from imagen_lightning.components import build
     from imagen_lightning.types import TextEncoder
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--encoder {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
+    found: Any = read_config(path)
     for name in ("model", "init_args", "text", "encoder"):
         found = found.get(name) if isinstance(found, dict) else None
     encoder = build(found, trust) if isinstance(found, dict) and "class_path" in found else None

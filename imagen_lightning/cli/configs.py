@@ -1,0 +1,41 @@
+"""The YAML files that verbs are given; imports no torch, so that refusals are quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from imagen_lightning.errors import InputError
+
+
+def find_config(name: str) -> Path:
+    """The YAML of that path, or the one of that name that ships with the package ("experiments/quickstart/base.yaml").
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(__file__).parent.parent / "experiments"
+    inside = shipped.joinpath(*path.parts[1:]) if path.parts[:1] == ("experiments",) else shipped / path
+    if not path.is_absolute() and inside.is_file():
+        return inside
+    raise InputError(
+        f"configuration {name!r} does not exist; give a YAML file or one that ships, e.g. quickstart/base.yaml"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML's keys; raises InputError where it has none or cannot be read."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise InputError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"configuration {str(path)!r} holds no keys such as `model:`; experiments/ has examples")
+    return content
