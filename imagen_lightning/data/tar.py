@@ -119,14 +119,14 @@ def _plain_numbers(headers: np.ndarray) -> np.ndarray:
     checksum, size, kind = headers[:, 148:156], headers[:, 124:136], headers[:, 156]
     expected = headers.sum(1, dtype=np.int64) - checksum.sum(1, dtype=np.int64) + 8 * 32
     stored = (checksum[:, :6].astype(np.int64) - 48) @ (8 ** np.arange(5, -1, -1))
-    plain: np.ndarray = np.equal(stored, expected) & (checksum[:, 6] == 0) & (checksum[:, 7] == 32)
+    plain = np.equal(stored, expected) & (checksum[:, 6] == 0) & (checksum[:, 7] == 32)
     plain &= _octal(checksum[:, :6]) & _octal(size[:, :11]) & ((size[:, 11] == 0) | (size[:, 11] == 32))
     plain &= ((kind == 48) | (kind == 0)) & (headers[:, 345] == 0)
     return plain
 
 
 def _octal(digits: np.ndarray) -> np.ndarray:
-    return ((digits >= 48) & (digits < 56)).all(1)
+    return np.logical_and.reduce((digits >= 48) & (digits < 56), axis=1)
 
 
 def _plain_names(names: np.ndarray) -> np.ndarray:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from imagen_lightning.cli.arguments import Parser
 from imagen_lightning.cli.shards.index import add_shards, num_processes
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from imagen_lightning.data.skips import Skip
 
 
-class Finding(NamedTuple):
+@dataclass
+class Finding:
     """What the reading of one shard found.
 
     Attributes:
