@@ -47,3 +47,14 @@ def test_gpu_on_a_cpu(tmp_path):
     cases = json.loads(out.read_text())["cases"]
     assert {case["task"] for case in cases} >= {"base_100M", "sr_256", "sample_base_100M"}
     assert not [case for case in cases if "failed" in case]
+
+
+@pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="needs ../shared/data")
+def test_text_states(tmp_path):
+    out = tmp_path / "figures.json"
+    run("text_states.py", "--steps", "2", "--features", "64", "--out", str(out))
+    figures = json.loads(out.read_text())
+    assert all(row["int8"] < 0.51 * row["float16"] < row["padded_float32"] for row in figures["sizes"])
+    assert figures["relative_rms_error"]["float16"] < 0.0005 < figures["relative_rms_error"]["int8"] < 0.02
+    losses = figures["val_loss"]
+    assert losses["int8"] == pytest.approx(losses["live"], rel=1e-3)
