@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -81,11 +82,11 @@ def compare_runs(first: Path, second: Path) -> list[Difference]:
 
 def read_metrics(run: Path) -> list[dict[str, str | float]]:
     """The rows of a run's metrics.csv, without what measures time, and what a process counts from its own start."""
-    left_out = ("throughput/", "data/skipped")
     if not (run / "metrics.csv").exists():
         return []
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        rows = [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in csv.DictReader(file)]
+        left_out = re.compile(r"throughput/|(.*/)?skipped")
+        rows = [{k: v for k, v in row.items() if not left_out.match(k)} for row in csv.DictReader(file)]
     numbers: list[dict[str, str | float]] = [{k: float(v) if v else "" for k, v in row.items()} for row in rows]
     return [row for row in numbers if any(value != "" for key, value in row.items() if key != "step")]
 
