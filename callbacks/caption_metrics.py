@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from imagen_lightning.callbacks.drawing import Pictures
-from imagen_lightning.callbacks.sampled_metric import SampledMetric
-from imagen_lightning.metrics import caption_accuracy
+from imagen_lightning.callbacks.sampled_metric import Given, SampledMetric
+from imagen_lightning.data.shapes import parse_caption
+from imagen_lightning.metrics.caption_accuracy import caption_accuracy
 from imagen_lightning.metrics.clip_score import clip_scores
-from imagen_lightning.metrics.confidence import bootstrap_mean, wilson
 from imagen_lightning.metrics.distributed import gather_by_position
 from imagen_lightning.metrics.features import ClipFeatures
 from imagen_lightning.metrics.protocol import Protocol, Value
+from imagen_lightning.metrics.values import clip_score_value, share_value
+from imagen_lightning.types import InputError
 
 
 class CLIPScore(SampledMetric):
@@ -29,26 +29,26 @@ class CLIPScore(SampledMetric):
         super().__init__(**options)
         self.clip = clip
 
-    def measure(self, images: Tensor, positions: Tensor, given: Pictures, protocol: Protocol) -> list[Value]:
-        captions = [given.captions[position] for position in positions.tolist()]
-        scores = gather_by_position(clip_scores(self.clip, images, captions), positions)
-        low, high = bootstrap_mean(scores)
-        named = replace(
-            protocol,
-            metric="CLIP score",
-            extractor=self.clip.name,
-            extractor_sha256=self.clip.sha256,
-            resize_filter=self.clip.resize_filter,
-        )
-        return [Value("CLIP score", scores.mean().item(), low, high, named, "95% bootstrap")]
+    def prepare(self, given: Given) -> None:
+        self.clip.sha256  # noqa: B018  (loads the model)
+        self.clip.resize_filter  # noqa: B018
+        self.clip.text_features(given.captions[:1], given.device)
+
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+        scores = clip_scores(self.clip, images.to(given.device), given.own.captions)
+        return [clip_score_value(self.clip, gather_by_position(scores.cpu(), given.positions), protocol)]
 
 
 class CaptionAccuracy(SampledMetric):
     """The share of pictures of the built-in shapes that show all that their caption says, with Wilson's interval."""
 
-    def measure(self, images: Tensor, positions: Tensor, given: Pictures, protocol: Protocol) -> list[Value]:
-        captions = [given.captions[position] for position in positions.tolist()]
-        right = gather_by_position(caption_accuracy(images, captions).all.long(), positions)
-        low, high = wilson(int(right.sum()), len(right))
-        named = replace(protocol, metric="caption accuracy")
-        return [Value("caption accuracy", right.double().mean().item(), low, high, named, "95% Wilson")]
+    def prepare(self, given: Given) -> None:
+        try:
+            for caption in given.captions:
+                parse_caption(caption)
+        except InputError as error:
+            raise InputError(f"CaptionAccuracy is for the built-in shapes alone: {error}") from None
+
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+        right = caption_accuracy(images, given.own.captions).all.long()
+        return [share_value("caption accuracy", gather_by_position(right, given.positions).bool(), protocol)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
@@ -19,7 +21,10 @@ from imagen_lightning.callbacks.throughput import uncounted
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, to_float, to_uint8
 from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
-from imagen_lightning.types import InputError
+from imagen_lightning.types import Batch, InputError, Sampler
+
+Split = Literal["val", "train"]
+SPLITS = {"val": "validation", "train": "training"}
 
 
 @dataclass(frozen=True)
@@ -28,55 +33,104 @@ class Pictures:
 
     Attributes:
         captions: N strings.
+        positions: their N numbers, from which they take their noise.
         truth: (N, 3, H, W) uint8 at the stage's size, or None.
         low_res: (N, 3, h, w) uint8, the truth reduced by the one area filter; None for a base stage.
     """
 
     captions: list[str]
+    positions: list[int]
     truth: Tensor | None
     low_res: Tensor | None
 
+    def __len__(self) -> int:
+        return len(self.captions)
 
-def validation_pictures(trainer: pl.Trainer, stage: DiffusionMixin, num: int, who: str) -> Pictures:
-    """The first `num` validation samples, fewer where there are fewer; the random states stay as they are.
+    def part(self, rows: slice) -> Pictures:
+        """Some of them."""
+        truth, low_res = (None if images is None else images[rows] for images in (self.truth, self.low_res))
+        return Pictures(self.captions[rows], self.positions[rows], truth, low_res)
+
+    def parts(self, size: int) -> Iterator[Pictures]:
+        """All of them, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.part(slice(start, start + size))
+
+    def batches(self, size: int) -> list[Batch]:
+        """Captions and real images as a stage's `condition` takes them, `size` at a time."""
+        assert self.truth is not None
+        return [
+            Batch(part.truth, part.captions, [""] * len(part), torch.tensor(part.positions))  # type: ignore[arg-type]
+            for part in self.parts(size)
+        ]
+
+
+def require_stage(module: pl.LightningModule, who: str) -> None:
+    """Refuses to draw with anything but a stage; `who` is the callback's name."""
+    if not isinstance(module, DiffusionMixin):
+        raise InputError(f"{who} looks at stages of a cascade; {type(module).__name__} is none")
+
+
+def prompt_pictures(prompts: Sequence[str]) -> Pictures:
+    """Captions alone, numbered as they come."""
+    return Pictures(list(prompts), list(range(len(prompts))), None, None)
+
+
+def first_pictures(
+    trainer: pl.Trainer,
+    stage: DiffusionMixin,
+    num: int,
+    who: str,
+    split: Split = "val",
+    share: tuple[int, int] = (0, 1),
+) -> Pictures:
+    """The first samples of a part of the data; the random states stay as they are.
 
     Args:
         trainer: whose datamodule is asked.
         stage: the stage in training.
-        num: number of samples.
-        who: the callback's name, for the error.
+        num: number of samples, fewer where there are fewer.
+        who: the callback's name, for errors.
+        split: the validation set, or the training set as a run consumes it.
+        share: this process's number and the number of processes among which the first `num` samples are dealt out,
+            less those that cannot be used; alone, a process takes further samples in their place.
 
     Raises:
-        InputError: there are none.
+        InputError: the data has no such part, or images of several sizes in it.
     """
-    images: list[Tensor] = []
-    captions: list[str] = []
-    source = trainer.datamodule  # type: ignore[attr-defined]
+    rank, world_size = share
     with untouched_rng():
         # Not the loader of validation: in a run of several processes that gives each a part.
-        dataset: Any = None if source is None or not _validates(source) else source.validation_set()
-        for position in range(0 if dataset is None else len(dataset)):
-            sample = dataset[position]
-            if sample.image is not None:
-                images.append(sample.image)
-                captions.append(sample.caption)
-            if len(images) == num:
-                break
-    if not images:
-        raise InputError(f"{who} found no validation images; give the data a validation set")
-    return pictures(captions, torch.stack(images), stage)
-
-
-def _validates(source: pl.LightningDataModule) -> bool:
-    return not (hasattr(source, "val") and source.val is None)
-
-
-def pictures(captions: Sequence[str], truth: Tensor | None, stage: DiffusionMixin) -> Pictures:
-    """Captions and real images as the stage takes them."""
+        dataset = _dataset(trainer, who, split)
+        stop = num if split == "train" else len(dataset)
+        numbers = range(rank, stop if world_size == 1 else min(num, stop), world_size)
+        usable = (sample for sample in map(dataset.__getitem__, numbers) if sample.image is not None)
+        found = list(islice(usable, num))
+    if not found and world_size == 1:
+        raise InputError(f"{who} found no {SPLITS[split]} images that can be used")
+    size = stage.image_size
+    others = {tuple(sample.image.shape[-2:]) for sample in found} - {(size, size)}
+    if others:
+        mend = "use the validation set" if split == "train" else f"set data.init_args.image_size to {size}"
+        raise InputError(f"{who} was given images of {min(others)} px for a stage of {size} px; {mend}")
+    truth = torch.stack([torch.zeros(3, size, size, dtype=torch.uint8), *(sample.image for sample in found)])[1:]
     low_res = None
-    if isinstance(stage, SuperResolutionStage) and truth is not None:
+    if isinstance(stage, SuperResolutionStage):
         low_res = to_uint8(downsample(to_float(truth), stage.low_res_size))
-    return Pictures(list(captions), truth, low_res)
+    return Pictures([sample.caption for sample in found], [sample.position for sample in found], truth, low_res)
+
+
+def _dataset(trainer: pl.Trainer, who: str, split: Split) -> Any:
+    make = getattr(trainer.datamodule, f"{SPLITS[split]}_set", None)  # type: ignore[attr-defined]
+    if make is None:
+        raise InputError(f"{who} needs a {SPLITS[split]} set, which only the package's own DataModules give")
+    try:
+        dataset = make()
+    except InputError as error:
+        raise InputError(f"{who} needs {SPLITS[split]} images: {error}") from None
+    if isinstance(dataset, IterableDataset):
+        raise InputError(f"{who} cannot look at streamed training images; use the validation set")
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -87,49 +141,93 @@ class DrawingSettings:
         seed: image i takes its noise from (seed, i) and the stage's number, 0 for base and 1 for super-resolution.
         num_steps: network evaluations an image; None takes the stage's own, like the next.
         guidance: classifier-free guidance weight.
+        sampler: the algorithm.
+        aug_level: in [0, 1], noise on the low-resolution input; super-resolution alone.
         batch_size: images drawn at once.
+
+    Raises:
+        InputError: num_steps or batch_size below 1.
     """
 
     seed: int = 0
     num_steps: int | None = None
     guidance: float | None = None
+    sampler: Sampler | None = None
+    aug_level: float | None = None
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.num_steps is not None and self.num_steps < 1):
+            raise InputError(f"num_steps {self.num_steps} and batch_size {self.batch_size} must be at least 1")
+
+    def of(self, stage: DiffusionMixin) -> DrawingSettings:
+        """With the stage's own in the place of what is None.
+
+        Raises:
+            InputError: an augmentation level that the stage does not take.
+        """
+        own = stage.sampling
+        level = getattr(stage, "aug_level", None)
+        if self.aug_level is not None:
+            if not isinstance(stage, SuperResolutionStage):
+                raise InputError(f"aug_level {self.aug_level} is for super-resolution stages; drop it")
+            level, most = self.aug_level, stage.augmentation.max_level
+            if not 0 <= level <= most:
+                raise InputError(f"aug_level {level} must be in [0, {most}], the levels seen in training")
+        return replace(
+            self,
+            num_steps=self.num_steps or own.num_steps,
+            guidance=own.guidance if self.guidance is None else self.guidance,
+            sampler=self.sampler or own.sampler,
+            aug_level=level,
+        )
+
+    def protocol(self, stage: DiffusionMixin) -> dict[str, Any]:
+        """How a stage's images are made, as fields of a `imagen_lightning.metrics.protocol.Protocol`."""
+        used = self.of(stage)
+        return {
+            "guidance": used.guidance,
+            "steps": used.num_steps,
+            "sampler": type(used.sampler).__name__,
+            "aug_level": used.aug_level,
+            "seed": used.seed,
+        }
 
 
 def draw(
-    trainer: pl.Trainer, stage: pl.LightningModule, given: Pictures, settings: DrawingSettings, rows: Sequence[int]
+    trainer: pl.Trainer, stage: pl.LightningModule, given: Pictures, settings: DrawingSettings
 ) -> tuple[Tensor, bool]:
-    """The images of some of the captions, with the weights of the EMA where there is one.
+    """An image a caption, with the weights of the EMA where there is one.
 
     Training is the same to the bit as without, and its measured speed leaves this time out.
 
     Args:
         trainer: of the run.
         stage: the stage in training.
-        given: all captions.
+        given: the captions, possibly none.
         settings: see there.
-        rows: numbers of the captions to draw, possibly none.
 
     Returns:
-        (len(rows), 3, H, W) uint8 on the CPU, and whether the weights were an average.
+        (N, 3, H, W) uint8 on the CPU, and whether the weights were an average.
     """
     assert isinstance(stage, DiffusionMixin)
     number = 0 if given.low_res is None else 1
-    parts = [torch.zeros(0, 3, stage.image_size, stage.image_size, dtype=torch.uint8)]
+    images = [torch.zeros(0, 3, stage.image_size, stage.image_size, dtype=torch.uint8)]
     with (
         uncounted(trainer),
         untouched_rng(stage.device),
         averaged_weights(trainer, stage) as averaged,
         trainer.precision_plugin.forward_context(),
     ):
-        for start in range(0, len(rows), settings.batch_size):
-            own = list(rows[start : start + settings.batch_size])
+        for part in given.parts(settings.batch_size):
             drawn = stage.sample(
-                [given.captions[row] for row in own],
-                [seeded_generator(settings.seed, row, stage=number) for row in own],
+                part.captions,
+                [seeded_generator(settings.seed, position, stage=number) for position in part.positions],
                 num_steps=settings.num_steps,
                 guidance=settings.guidance,
-                low_res=None if given.low_res is None else to_float(given.low_res[own]),
+                sampler=settings.sampler,
+                low_res=None if part.low_res is None else to_float(part.low_res),
+                aug_level=settings.aug_level,
             )
-            parts.append(to_uint8(drawn).cpu())
-    return torch.cat(parts), averaged
+            images.append(to_uint8(drawn).cpu())
+    return torch.cat(images), averaged

@@ -7,6 +7,7 @@ import io
 import logging
 import netrc
 import os
+import re
 import secrets
 import time
 from argparse import Namespace
@@ -28,6 +29,7 @@ from imagen_lightning.types import InputError
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
+_OF_WEIGHTS = re.compile(r"(base|sr_\d+)/")  # columns whose row is the number of steps behind the weights measured
 _FLUSH_SHARE = 0.02  # of the time may go into writing the file
 
 
@@ -94,10 +96,17 @@ class RunCSVLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drops the rows of `step` and beyond: a run that goes on from its checkpoint at `step` logs them again."""
+        """Drops what a run that goes on from its checkpoint at `step` logs again.
+
+        That is the rows of `step` and beyond; but what was measured of the checkpoint's weights, `base/…` and
+        `sr_256/…` at `step`, stays.
+        """
         place = bisect_left(self._steps, step)
         self._dirty |= place < len(self._steps)
-        del self._steps[place:], self._rows[place:]
+        rows = self._rows[place : place + 1] if self._steps[place : place + 1] == [step] else []
+        measured = [{key: value for key, value in row.items() if _OF_WEIGHTS.match(key)} for row in rows]
+        kept = [row for row in measured if row]
+        self._steps[place:], self._rows[place:] = [step] * len(kept), kept
         used = {key for row in self._rows for key in row}
         self._columns = [key for key in self._columns if key in used]
 

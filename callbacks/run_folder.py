@@ -36,6 +36,12 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
         logger.log_metrics(dict(metrics), step=step)
 
 
+def log_evaluation(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Sends what was measured of the weights as they are to the loggers, at the number of steps behind them."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+
 def read_run_info(run_dir: str | Path) -> dict[str, Any]:
     """What RUN/run.json holds; {} where there is none.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
@@ -14,14 +15,24 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.loggers import WandbLogger  # isort: skip
 
-from imagen_lightning.callbacks.checkpoint import interrupted
-from imagen_lightning.callbacks.drawing import DrawingSettings, Pictures, draw, pictures, validation_pictures
-from imagen_lightning.callbacks.run_folder import run_dir
+from imagen_lightning.callbacks.drawing import (
+    DrawingSettings,
+    Pictures,
+    Split,
+    draw,
+    first_pictures,
+    prompt_pictures,
+    require_stage,
+)
+from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
+from imagen_lightning.callbacks.schedule import Schedule
+from imagen_lightning.callbacks.values import stage_name
 from imagen_lightning.components import describe
 from imagen_lightning.files import write_json
 from imagen_lightning.images import grid, save_png, to_pil
-from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
-from imagen_lightning.types import InputError
+from imagen_lightning.metrics.probes import colour_shift
+from imagen_lightning.stages import SuperResolutionStage
+from imagen_lightning.types import InputError, Sampler
 
 FOLDER = "samples"
 
@@ -29,19 +40,24 @@ FOLDER = "samples"
 class SampleGrid(pl.Callback):
     """Draws the same captions from the same seeds every n steps, with the weights of the EMA where there is one.
 
-    RUN/samples/STEP/ holds 00000.png, …, grid.png and samples.json; the grid goes to W&B too. A super-resolution stage
-    enlarges the first validation images: its grid has the low-resolution input, the output and the truth in three rows.
-    The first process samples, the others go on; training is the same to the bit as without.
+    RUN/samples/STEP/ holds 00000.png, …, grid.png and samples.json; W&B gets the grid, and a table of captions and
+    images. A super-resolution stage enlarges the first validation images: its grid has the low-resolution input, the
+    output and the truth in three rows, and `STAGE/samples_colour_shift` is the mean distance of the outputs' colours
+    from the inputs', of 255. The first process samples, the others go on; training is the same to the bit as without.
 
     Args:
         prompts: captions, one an image. A super-resolution stage needs none: the validation images have their own, and
             given prompts take their place.
         num_images: how many validation images a super-resolution stage enlarges without prompts.
         every_n_steps: optimizer steps between two grids.
+        every_n_epochs: passes over the training data, in the place of steps.
         at_end: whether to draw a last grid when training ends, unless a signal ended it.
+        split: "val", or "train" for the first training images, of a super-resolution stage.
         seed: image i takes its noise from (seed, i) and the stage's number, 0 for base and 1 for super-resolution.
-        num_steps: network evaluations an image; by default the stage's own, like the next.
+        num_steps: network evaluations an image; by default the stage's own, like the next three.
         guidance: classifier-free guidance weight.
+        sampler: the algorithm.
+        aug_level: in [0, 1], noise on the low-resolution input.
         batch_size: images drawn at once.
 
     Raises:
@@ -54,101 +70,125 @@ class SampleGrid(pl.Callback):
         prompts: Sequence[str] = (),
         num_images: int = 8,
         every_n_steps: int = 1000,
+        every_n_epochs: float | None = None,
         at_end: bool = True,
+        split: Split = "val",
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
+        sampler: Sampler | None = None,
+        aug_level: float | None = None,
         batch_size: int = 16,
     ) -> None:
-        if min(num_images, every_n_steps, batch_size) < 1 or (num_steps is not None and num_steps < 1):
-            raise InputError(
-                f"SampleGrid num_images {num_images}, every_n_steps {every_n_steps}, num_steps {num_steps} and "
-                f"batch_size {batch_size} must be at least 1"
-            )
+        if num_images < 1:
+            raise InputError(f"SampleGrid num_images {num_images} must be at least 1")
         self.prompts = prompts
         self.num_images = num_images
         self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
         self.at_end = at_end
+        self.split = split
         self.seed = seed
         self.num_steps = num_steps
         self.guidance = guidance
+        self.sampler = sampler
+        self.aug_level = aug_level
         self.batch_size = batch_size
-        self._settings = DrawingSettings(seed, num_steps, guidance, batch_size)
+        self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
+        self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Pictures | None = None  # in the first process
-        self._seen_step = self._drawn_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen_step = self._drawn_step = trainer.global_step
-        if not isinstance(pl_module, DiffusionMixin):
-            raise InputError(f"SampleGrid draws from stages of a cascade; {type(pl_module).__name__} is none")
+        require_stage(pl_module, "SampleGrid")
+        self._schedule.start(trainer, "SampleGrid")
+        self._settings.of(pl_module)  # type: ignore[arg-type]
         if trainer.is_global_zero:
             self._given = self._pictures(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._seen_step and trainer.global_step % self.every_n_steps == 0:
+        if self._schedule.is_due(trainer):
             self._draw(trainer, pl_module)
-        self._seen_step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.at_end and trainer.global_step > self._drawn_step and interrupted(trainer) is None:
+        if self._schedule.is_due_at_end(trainer):
             self._draw(trainer, pl_module)
 
-    def _pictures(self, trainer: pl.Trainer, stage: DiffusionMixin) -> Pictures:
+    def _pictures(self, trainer: pl.Trainer, stage: Any) -> Pictures:
         if not isinstance(stage, SuperResolutionStage):
             if not self.prompts:
                 raise InputError("SampleGrid has no prompts to draw; give it some")
-            return pictures(self.prompts, None, stage)
-        wanted = len(self.prompts) or self.num_images
-        found = validation_pictures(trainer, stage, wanted, "SampleGrid")
-        if len(self.prompts) > len(found.captions):
+            return prompt_pictures(self.prompts)
+        found = first_pictures(trainer, stage, len(self.prompts) or self.num_images, "SampleGrid", self.split)
+        if len(self.prompts) > len(found):
             raise InputError(
-                f"SampleGrid has {len(self.prompts)} prompts for {len(found.captions)} validation images, one to "
-                "enlarge for each; give fewer prompts or more validation images"
+                f"SampleGrid has {len(self.prompts)} prompts for {len(found)} validation images, one to enlarge for "
+                "each; give fewer prompts or more validation images"
             )
-        return replace(found, captions=list(self.prompts)) if self.prompts else found
+        # Numbered as they come, as the images of the grid are.
+        return replace(found, captions=list(self.prompts) or found.captions, positions=list(range(len(found))))
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._drawn_step = trainer.global_step
-        if not trainer.is_global_zero or self._given is None:
-            return
-        rows = range(len(self._given.captions))
-        images, averaged = draw(trainer, pl_module, self._given, self._settings, rows)
-        self._write(trainer, pl_module, self._given, images, averaged)
+        if self._given is not None:
+            images, averaged = draw(trainer, pl_module, self._given, self._settings)
+            self._write(trainer, pl_module, self._given, images, averaged)
 
     def _write(self, trainer: pl.Trainer, stage: Any, given: Pictures, images: Tensor, averaged: bool) -> None:
         folder = run_dir(trainer) / FOLDER / f"{trainer.global_step:07d}"
-        cell = max(stage.image_size, 96)
-        if given.low_res is None or given.truth is None:
-            columns = math.ceil(math.sqrt(len(images)))
-            rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
-            picture = grid(rows, given.captions, cell=cell)
-        else:
-            rows = [list(given.low_res), list(images), list(given.truth)]
-            picture = grid(rows, [""] * (2 * len(images)) + given.captions, cell=cell)
+        picture = _grid(stage, given, images)
+        shifts = None if given.low_res is None else colour_shift(images, given.low_res).tolist()
         files = [f"{i:05d}.png" for i in range(len(images))]
         for name, image in zip(files, images):
             save_png(to_pil(image), folder / name)
         save_png(picture, folder / "grid.png")
-        settings = stage.sampling
+        settings = self._settings.of(stage)
         details = {
             "step": trainer.global_step,
             "weights": "ema" if averaged else "trained",
             "seed": self.seed,
             "stage": 0 if given.low_res is None else 1,
             "sampler": describe(settings.sampler),
-            "spacing": describe(settings.spacing),
-            "thresholding": describe(settings.thresholding),
-            "num_steps": self.num_steps or settings.num_steps,
-            "guidance": settings.guidance if self.guidance is None else self.guidance,
-            "aug_level": None if given.low_res is None else stage.aug_level,
+            "spacing": describe(stage.sampling.spacing),
+            "thresholding": describe(stage.sampling.thresholding),
+            "num_steps": settings.num_steps,
+            "guidance": settings.guidance,
+            "aug_level": settings.aug_level,
+            "colour_shifts": shifts,
             "images": [
-                {"file": name, "caption": caption, "image": i}
-                for i, (name, caption) in enumerate(zip(files, given.captions))
+                {"file": name, "caption": caption, "image": position}
+                for name, caption, position in zip(files, given.captions, given.positions)
             ],
         }
         write_json(folder / "samples.json", details)  # last: the folder is complete where it stands
+        if shifts is not None:
+            log_evaluation(trainer, {f"{stage_name(stage)}/samples_colour_shift": sum(shifts) / len(shifts)})
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [picture], step=trainer.global_step)
+                columns, rows = _table(given, images, shifts)
+                logger.log_table("samples_table", columns, rows, step=trainer.global_step)
+
+
+def _grid(stage: Any, given: Pictures, images: Tensor) -> Image:
+    """The images in a square; or low-resolution input, output and truth in three rows."""
+    cell = max(stage.image_size, 96)
+    if given.low_res is None or given.truth is None:
+        columns = math.ceil(math.sqrt(len(images)))
+        rows = [list(images[start : start + columns]) for start in range(0, len(images), columns)]
+        return grid(rows, given.captions, cell=cell)
+    rows = [list(given.low_res), list(images), list(given.truth)]
+    return grid(rows, [""] * (2 * len(images)) + given.captions, cell=cell)
+
+
+def _table(given: Pictures, images: Tensor, shifts: Sequence[float] | None) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of W&B's table, one row a caption."""
+    import wandb
+
+    def pictures(tensors: Tensor) -> list[Any]:
+        return [wandb.Image(to_pil(tensor)) for tensor in tensors]
+
+    columns: dict[str, Sequence[Any]] = {"caption": given.captions, "image": pictures(images)}
+    if given.low_res is not None and given.truth is not None and shifts is not None:
+        columns |= {"low_res": pictures(given.low_res), "truth": pictures(given.truth), "colour_shift": shifts}
+    return list(columns), [list(row) for row in zip(*columns.values())]

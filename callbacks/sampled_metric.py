@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,41 +14,76 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 
-from imagen_lightning.callbacks.checkpoint import interrupted
-from imagen_lightning.callbacks.drawing import DrawingSettings, Pictures, draw, pictures, validation_pictures
+from imagen_lightning.callbacks.drawing import (
+    SPLITS,
+    DrawingSettings,
+    Pictures,
+    Split,
+    draw,
+    first_pictures,
+    prompt_pictures,
+    require_stage,
+)
+from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import untouched_rng
-from imagen_lightning.callbacks.run_folder import run_dir
+from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import VALUES, log_values, rewind_values
-from imagen_lightning.metrics.digests import digest_texts
+from imagen_lightning.callbacks.values import log_values, rewind_values
+from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.stages import DiffusionMixin
-from imagen_lightning.types import InputError
+from imagen_lightning.types import InputError, Sampler
 
-# What each trainer's stage drew last: (key, images of this process, averaged).
-_LAST: WeakKeyDictionary[pl.Trainer, tuple[Any, Tensor, bool]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage is measured on.
+
+    Attributes:
+        own: this process's part, possibly nothing.
+        captions: all processes', in order.
+        reference: SHA-256 of all processes' real images, in order; None without such.
+        name: what people call the images.
+        device: where networks that look at images run.
+    """
+
+    own: Pictures
+    captions: list[str]
+    reference: str | None
+    name: str
+    device: torch.device
+
+    @property
+    def positions(self) -> Tensor:
+        """(N_r,) int64 numbers of this process's part."""
+        return torch.tensor(self.own.positions, dtype=torch.int64)
 
 
 class SampledMetric(pl.Callback):
     """Draws the same captions from the same seeds every n steps with the EMA's weights, and measures the images.
 
-    Captions are the first `num_samples` of the validation set, whose images are the reference; a super-resolution stage
-    enlarges these images' reductions. All processes draw a part each and take part in the measuring. Training is the
-    same to the bit as without. Callbacks with equal settings share one drawing.
+    Captions are those of the first samples of the validation set, whose images are the reference; a super-resolution
+    stage enlarges these images' reductions. All processes draw a part each and take part in the measuring, whatever
+    their number the same images. Training is the same to the bit as without. Callbacks that draw alike share one
+    drawing.
 
     Args:
-        num_samples: images drawn; fewer where the validation set has fewer.
+        num_samples: images drawn, fewer where there are fewer or some cannot be used.
         every_n_steps: optimizer steps between two measurements.
+        every_n_epochs: passes over the training data, in the place of steps.
         at_end: whether to measure when training ends, unless a signal ended it.
-        prompts: captions in the place of the validation set's, for a base stage and metrics without reference images.
+        split: "val", or "train": the first samples that the run consumes.
+        prompts: captions in the place of the data's, for a base stage and metrics without reference images.
         seed: image i takes its noise from (seed, i).
-        num_steps: network evaluations an image; by default the stage's own, like the next.
+        num_steps: network evaluations an image; by default the stage's own, like the next three.
         guidance: classifier-free guidance weight.
+        sampler: the algorithm.
+        aug_level: in [0, 1], noise on the low-resolution input of a super-resolution stage.
         batch_size: images drawn at once.
 
     Raises:
-        InputError: a number below its least; when training starts, no validation images, or prompts where reference
-            images are needed.
+        InputError: a number below its least; when training starts, data without such images, prompts where reference
+            images are needed, an aug_level that the stage does not take, or a network that cannot be had.
     """
 
     needs_reference = False
@@ -59,81 +93,120 @@ class SampledMetric(pl.Callback):
         self,
         num_samples: int = 256,
         every_n_steps: int = 5000,
+        every_n_epochs: float | None = None,
         at_end: bool = True,
+        split: Split = "val",
         prompts: Sequence[str] = (),
         seed: int = 0,
         num_steps: int | None = None,
         guidance: float | None = None,
+        sampler: Sampler | None = None,
+        aug_level: float | None = None,
         batch_size: int = 32,
     ) -> None:
-        if num_samples < self.least or min(every_n_steps, batch_size) < 1 or (num_steps is not None and num_steps < 1):
+        name = type(self).__name__
+        if num_samples < self.least or split not in SPLITS:
             raise InputError(
-                f"{type(self).__name__} num_samples {num_samples} must be at least {self.least}, every_n_steps "
-                f"{every_n_steps}, batch_size {batch_size} and num_steps {num_steps} at least 1"
+                f"{name} num_samples {num_samples} must be at least {self.least}, and split {split!r} 'val' or 'train'"
             )
+        if prompts and (self.needs_reference or len(prompts) < self.least):
+            least = "no prompts but real images" if self.needs_reference else f"at least {self.least} prompts"
+            raise InputError(f"{name} needs {least}; drop its prompts, which are {len(prompts)}")
         self.num_samples = num_samples
         self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
         self.at_end = at_end
+        self.split = split
         self.prompts = prompts
         self.seed = seed
         self.num_steps = num_steps
         self.guidance = guidance
+        self.sampler = sampler
+        self.aug_level = aug_level
         self.batch_size = batch_size
-        self._settings = DrawingSettings(seed, num_steps, guidance, batch_size)
-        self._given: Pictures | None = None
-        self._seen_step = self._measured_step = 0
+        self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
+        self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
+        self._given: Given | None = None
+        self._drawn: tuple[Any, Tensor, bool] | None = None  # of the step at hand: what, images, averaged
 
     @abstractmethod
-    def measure(self, images: Tensor, positions: Tensor, given: Pictures, protocol: Protocol) -> list[Value]:
+    def prepare(self, given: Given) -> None:
+        """Gets ready what measuring needs, so that what cannot be had is refused before the run; all processes call."""
+
+    @abstractmethod
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
         """The metrics over all processes, each of which calls.
 
         Args:
-            images: (N_r, 3, H, W) uint8, what this process drew; possibly none.
-            positions: (N_r,) int64, their places among `given`.
-            given: all captions, with reference images where there are any.
-            protocol: everything but the metric, the extractor and the reference.
+            images: (N_r, 3, H, W) uint8 on the CPU, what this process drew; possibly none.
+            given: what it was drawn from, and real images where there are any.
+            protocol: all but the metric and what the pictures are compared with.
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         name = type(self).__name__
-        if not isinstance(pl_module, DiffusionMixin):
-            raise InputError(f"{name} draws from stages of a cascade; {type(pl_module).__name__} is none")
-        self._seen_step = self._measured_step = trainer.global_step
-        if not self.prompts:
-            self._given = validation_pictures(trainer, pl_module, self.num_samples, name)
-            if len(self._given.captions) < self.least:
-                raise InputError(f"{name} needs at least {self.least} validation images")
-        elif self.needs_reference or getattr(pl_module, "low_res_size", None) is not None:
-            raise InputError(f"{name} needs validation images here; drop its prompts")
-        else:
-            self._given = pictures(self.prompts, None, pl_module)
-        if trainer.is_global_zero:
-            rewind_values(run_dir(trainer) / VALUES, trainer.global_step)
+        require_stage(pl_module, name)
+        assert isinstance(pl_module, DiffusionMixin)
+        self._schedule.start(trainer, name)
+        self._settings.of(pl_module)
+        self._drawn = None
+        rewind_values(trainer)
+        with uncounted(trainer), untouched_rng(pl_module.device), torch.no_grad():
+            self._given = self._find(trainer, pl_module)
+            self.prepare(self._given)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._drawn = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._seen_step and trainer.global_step % self.every_n_steps == 0:
+        if self._schedule.is_due(trainer):
             self._evaluate(trainer, pl_module)
-        self._seen_step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.at_end and trainer.global_step > self._measured_step and interrupted(trainer) is None:
+        if self._schedule.is_due_at_end(trainer):
             self._evaluate(trainer, pl_module)
+
+    def _find(self, trainer: pl.Trainer, stage: Any) -> Given:
+        name, share = type(self).__name__, (trainer.global_rank, trainer.world_size)
+        if self.prompts:
+            if getattr(stage, "low_res_size", None) is not None:
+                raise InputError(f"{name} of a super-resolution stage needs real images; drop its prompts")
+            everything = prompt_pictures(self.prompts)
+            own = everything.part(slice(*share[:1], None, share[1]))
+            return Given(own, everything.captions, None, "prompts", stage.device)
+        own = first_pictures(trainer, stage, self.num_samples, name, self.split, share)
+        assert own.truth is not None
+        facts = zip(own.positions, own.captions, (digest_tensors([image]) for image in own.truth))
+        everyone = sorted(fact for facts in of_all_processes(list(facts)) for fact in facts)
+        if len(everyone) < self.least:
+            raise InputError(
+                f"{name} needs at least {self.least} {SPLITS[self.split]} images, and found {len(everyone)}"
+            )
+        captions, digests = [caption for _, caption, _ in everyone], [digest for _, _, digest in everyone]
+        return Given(own, captions, digest_texts(digests), f"{SPLITS[self.split]} images", stage.device)
 
     def _evaluate(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         assert isinstance(stage, DiffusionMixin)
         assert self._given is not None
-        self._measured_step = trainer.global_step
-        rows = range(trainer.global_rank, len(self._given.captions), trainer.world_size)
-        images, averaged = _drawn(trainer, stage, self._given, self._settings, rows)
+        images, averaged = self._draw(trainer, stage, self._given.own)
         protocol = self._protocol(trainer, stage, self._given, averaged)
         with uncounted(trainer), untouched_rng(stage.device), torch.no_grad():
-            values = self.measure(images, torch.tensor(list(rows), dtype=torch.int64), self._given, protocol)
+            values = self.measure(images, self._given, protocol)
         log_values(trainer, stage, values)
 
-    def _protocol(self, trainer: pl.Trainer, stage: DiffusionMixin, given: Pictures, averaged: bool) -> Protocol:
-        sampling = stage.sampling
+    def _draw(self, trainer: pl.Trainer, stage: pl.LightningModule, own: Pictures) -> tuple[Tensor, bool]:
+        """What another callback has drawn at this step where it draws alike, else anew."""
+        source = None if own.low_res is None else self.split
+        key = self._settings, tuple(own.captions), tuple(own.positions), source
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, SampledMetric) and other._drawn is not None and other._drawn[0] == key:
+                return other._drawn[1:]
+        self._drawn = (key, *draw(trainer, stage, own, self._settings))
+        return self._drawn[1:]
+
+    def _protocol(self, trainer: pl.Trainer, stage: DiffusionMixin, given: Given, averaged: bool) -> Protocol:
         return Protocol(
             type(self).__name__,
             image_size=stage.image_size,
@@ -141,24 +214,5 @@ class SampledMetric(pl.Callback):
             prompts=digest_texts(given.captions),
             weights="ema" if averaged else "raw",
             precision=str(trainer.precision),
-            guidance=sampling.guidance if self.guidance is None else self.guidance,
-            steps=self.num_steps or sampling.num_steps,
-            sampler=type(sampling.sampler).__name__,
-            aug_level=getattr(stage, "aug_level", None),
-            seed=self.seed,
+            **self._settings.protocol(stage),
         )
-
-
-def reference_of(given: Pictures) -> str:
-    """SHA-256 of the reference images and their captions."""
-    assert given.truth is not None
-    return hashlib.sha256(given.truth.numpy().tobytes() + "\n".join(given.captions).encode()).hexdigest()
-
-
-def _drawn(
-    trainer: pl.Trainer, stage: pl.LightningModule, given: Pictures, settings: DrawingSettings, rows: range
-) -> tuple[Tensor, bool]:
-    key = (trainer.global_step, settings, tuple(given.captions), given.low_res is None, rows)
-    if trainer not in _LAST or _LAST[trainer][0] != key:
-        _LAST[trainer] = (key, *draw(trainer, stage, given, settings, rows))
-    return _LAST[trainer][1:]

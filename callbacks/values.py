@@ -1,19 +1,25 @@
-"""Numbers with their protocols while a stage trains: to the loggers, and whole to RUN/values.jsonl."""
+"""Numbers with their protocols while a stage trains: to the loggers, and whole to RUN/values.jsonl.
+
+RUN/values.jsonl holds one JSON object a line: {"step": optimizer steps behind the weights, "name": "base/fid",
+"value": the JSON of a `imagen_lightning.metrics.protocol.Value`}, in the order in which they were measured.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 
-from imagen_lightning.callbacks.run_folder import log_metrics, run_dir
+from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
 from imagen_lightning.files import write_text
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.stages import DiffusionMixin
+from imagen_lightning.types import InputError
 
 VALUES = "values.jsonl"
 
@@ -30,31 +36,35 @@ def column(stage: DiffusionMixin, metric: str) -> str:
 
 def log_values(trainer: pl.Trainer, stage: DiffusionMixin, values: Sequence[Value]) -> None:
     """Sends values to the loggers under `stage/metric`, and in the first process adds them to RUN/values.jsonl."""
-    log_metrics(trainer, {column(stage, value.metric): value.value for value in values})
-    if not trainer.is_global_zero:
-        return
+    named = {column(stage, value.metric): value for value in values}
+    log_evaluation(trainer, {name: value.value for name, value in named.items()})
+    if trainer.is_global_zero:
+        step = trainer.global_step
+        entries = [{"step": step, "name": name, "value": value.to_json()} for name, value in named.items()]
+        new = _places(entries)
+        _keep(run_dir(trainer) / VALUES, lambda entry: (entry["step"], entry["name"]) not in new, entries)
+
+
+def rewind_values(trainer: pl.Trainer) -> None:
+    """Drops the values of later steps than the trainer's, which a run that goes on from there measures again."""
     path = run_dir(trainer) / VALUES
-    lines = [
-        json.dumps({"step": trainer.global_step, "name": column(stage, value.metric), "value": value.to_json()})
-        for value in values
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+    if trainer.is_global_zero and path.exists():
+        _keep(path, lambda entry: entry["step"] <= trainer.global_step, [])
 
 
-def rewind_values(path: Path, step: int) -> None:
-    """Drops the values behind `step`, which a run that goes on from there measures again, and a torn last line."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step(line) <= step]
-    if len(kept) < len(lines):
-        write_text(path, "".join(f"{line}\n" for line in kept))
+def _places(entries: Sequence[dict[str, Any]]) -> set[tuple[int, str]]:
+    return {(entry["step"], entry["name"]) for entry in entries}
 
 
-def _step(line: str) -> float:
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], more: Sequence[dict[str, Any]]) -> None:
+    """Rewrites the file with the entries that are wanted, and more.
+
+    Raises:
+        InputError: it is none of ours.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return int(json.loads(line)["step"])
+        kept = [line for line in lines if wanted(json.loads(line))]
     except (ValueError, TypeError, KeyError):
-        return float("inf")
+        raise InputError(f"{path} holds no values; move it out of the run folder") from None
+    write_text(path, "".join(f"{line}\n" for line in [*kept, *map(json.dumps, more)]))
