@@ -156,8 +156,9 @@ class TorchScriptFeatures(FileFeatures):
 class OnnxFeatures(FileFeatures):
     """An ONNX file, run by onnxruntime on the CPU; see `FileFeatures` for the arguments.
 
-    onnxruntime comes with `pip install "imagen-lightning[onnx]"`. ONNX holds a graph of known operators and no program. The file must hold its weights itself: it is loaded from the
-    bytes that were hashed, so that tensors in a second file are refused. The first input and output are taken.
+    onnxruntime comes with `pip install "imagen-lightning[onnx]"`. ONNX holds a graph of known operators and no program.
+    The file must hold its weights itself: it is loaded from the bytes that were hashed, so that tensors in a second
+    file are refused. The first input and output are taken.
     """
 
     def _run(self, pixels: Tensor) -> Any:
