@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -90,7 +91,11 @@ class SkipLog:
             past: whether to list those noted so far; of several processes that walk the same shards, one should.
         """
         self.listing = path
-        self._listed = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        before = path.read_bytes() if path.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        if past and len(whole) < len(before):  # a kill tore the last line
+            os.truncate(path, len(whole))
+        self._listed = set(whole.decode(errors="replace").splitlines())
         if past:
             self._write(self._seen)
 

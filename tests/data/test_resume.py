@@ -10,6 +10,7 @@ from PIL import Image
 
 from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
 from imagen_lightning.data.resume import check_same_order, check_same_step
+from imagen_lightning.data.skips import Reason, Skip, SkipLog
 from imagen_lightning.types import InputError
 
 
@@ -76,6 +77,20 @@ def test_shards_that_changed_are_refused_and_shards_that_moved_are_not(tmp_path,
         changed.on_change = "warn"
         changed.load_state_dict(saved)
         assert changed.position == saved["position"]
+
+
+def test_a_line_of_skipped_samples_that_a_kill_tore_is_written_anew(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    first = Skip("a.tar", "1", Reason.BAD_JSON)
+    skips = SkipLog()
+    skips.list_in(path)
+    skips.note([first, Skip("a.tar", "2", Reason.UNDECODABLE)])
+    whole = path.read_text()
+    path.write_text(whole[:-30])
+    resumed = SkipLog()
+    resumed.list_in(path)
+    resumed.note([first, Skip("a.tar", "2", Reason.UNDECODABLE)])
+    assert path.read_text() == whole
 
 
 def test_shapes_are_refused_by_their_seed():

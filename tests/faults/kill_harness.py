@@ -17,7 +17,6 @@ import struct
 import sys
 import tarfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +37,12 @@ PRELOAD = [
     "imagen_lightning.networks",
     "imagen_lightning.callbacks.history",
 ]
-STEPS = 24
+STEPS = 40
 MENDED = Path("mended")  # lies in the folder of a run whose fault is mended
 LIMIT = 300  # seconds after which an attempt hangs
 PHASES = ("start", "step", "save", "validation", "end")
+LAYOUT = "q" * (1 + len(PHASES))  # the phase, and how often each was entered
+NOWHERE = bytes(struct.calcsize(LAYOUT))
 STAGE = {
     "seed_everything": 1,
     "model": {
@@ -115,15 +116,16 @@ class Phases(Callback):
     def __init__(self, path: str) -> None:
         self.path = path
         with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 16)
-        self._counts: Counter[str] = Counter()
+            self._map = mmap.mmap(file.fileno(), len(NOWHERE))
+        self._counts = [0] * len(PHASES)
 
     def __deepcopy__(self, memo):
         return self
 
     def _enter(self, phase: str) -> None:
-        self._counts[phase] += 1
-        self._map[:] = struct.pack("qq", PHASES.index(phase), self._counts[phase])
+        number = PHASES.index(phase)
+        self._counts[number] += 1
+        self._map[:] = struct.pack(LAYOUT, number, *self._counts)
 
     def on_train_batch_start(self, *_):
         self._enter("step")
@@ -236,9 +238,9 @@ class Run:
         self.kills: list[tuple[str, str]] = []  # the phase aimed at, the phase hit
         self.num_partials = 0  # kills that left a file half written
         self._phase = folder / "phase"
-        self._phase.write_bytes(bytes(16))
+        self._phase.write_bytes(NOWHERE)
         with self._phase.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 16)
+            self._map = mmap.mmap(file.fileno(), len(NOWHERE))
         all_callbacks = [
             {"class_path": "kill_harness.Phases", "init_args": {"path": str(self._phase)}},
             {"class_path": "imagen_lightning.callbacks.history.SampleHistory", "init_args": {"path": f"run/{HISTORY}"}},
@@ -249,7 +251,7 @@ class Run:
         self.arguments = ["fit", "--config", "stage.yaml", "--run", "run", "--resume"]
 
     def start(self):
-        self._map[:] = bytes(16)
+        self._map[:] = NOWHERE
         arguments = [*self.arguments, "--data.init_args.num_workers", str(self.workers)]
         process = self.context.Process(target=attempt, args=(str(self.folder), arguments, str(self.output)))
         process.start()
@@ -266,10 +268,10 @@ class Run:
         assert process.exitcode == exit_code, said[-3000:]
         return said
 
-    def phase(self) -> tuple[str, int]:
-        """The phase that training is in, and how often this attempt entered it."""
-        number, count = struct.unpack("qq", self._map[:])
-        return PHASES[number], count
+    def phase(self) -> tuple[str, dict[str, int]]:
+        """The phase that training is in, and how often this attempt entered each."""
+        number, *counts = struct.unpack(LAYOUT, self._map[:])
+        return PHASES[number], dict(zip(PHASES, counts))
 
     def kill(self, wanted: str, count: int, delay: float, number: int = signal.SIGKILL) -> bool:
         """Starts an attempt and signals it `delay` seconds after it enters a phase for the count-th time.
@@ -280,8 +282,7 @@ class Run:
         process = self.start()
         limit = time.monotonic() + LIMIT
         while process.exitcode is None and time.monotonic() < limit:
-            phase, times = self.phase()
-            if phase == wanted and times >= count:
+            if self.phase()[1][wanted] >= count:
                 break
             time.sleep(0.0005)
         if time.monotonic() >= limit:

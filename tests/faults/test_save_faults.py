@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from kill_harness import MENDED, Run, config, fork_server, write_shards
+from kill_harness import MENDED, STEPS, Run, config, fork_server, write_shards
 
 from imagen_lightning.callbacks import find_last
 from imagen_lightning.cli.verify_resume import compare_runs, table
@@ -113,7 +113,7 @@ def test_sigterm_at_random_moments_of_saves(server, whole, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are not forked here")
 def test_the_final_validation_is_made_up_after_a_signal_in_the_last_step(server, whole, tmp_path):
-    signals = {"steps": [24], "number": int(signal.SIGTERM)}
+    signals = {"steps": [STEPS], "number": int(signal.SIGTERM)}
     run = Run(server, tmp_path / "run", config("shards", whole[1]), callbacks={"Signals": signals})
     run.finish(exit_code=128 + signal.SIGTERM)
     assert not (run.run / "checkpoints" / "last.ckpt").exists()
