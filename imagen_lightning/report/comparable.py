@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.protocol import Protocol, Value, columns
 from imagen_lightning.report.differences import differing, flatten, words
-from imagen_lightning.report.runs import Run
+from imagen_lightning.report.runs import Measurement, Run
 
 TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
 NUM_LAST = 20  # logged values of the training loss that its mean is taken over
@@ -125,6 +124,7 @@ def is_metric(name: str) -> bool:
 
 def last_values(run: Run, measured: Yardstick) -> list[Value]:
     """What the run reached: its losses and every metric that it logged, at their last step."""
+    last_of = {item.name: item.value for item in run.measurements}
     values = []
     for name, curve in run.curves.items():
         if name == TRAIN_LOSS:
@@ -135,26 +135,21 @@ def last_values(run: Run, measured: Yardstick) -> list[Value]:
                 continue
             mean, error = float(last.mean()), float(last.std(ddof=1)) / math.sqrt(len(last))
             values.append(Value(name, mean, mean - error, mean + error, protocol, "1 standard error"))
-        elif name == VAL_LOSS:
+        elif name == VAL_LOSS or (is_metric(name) and name not in last_of):
             values.append(Value(name, curve.last, None, None, measured.protocol(name)))
-        elif is_metric(name):
-            values.append(Value(name, curve.last, None, None, logged_protocol(run, name, measured)))
-    return values
+    return [*values, *last_of.values()]
 
 
-def logged_protocol(run: Run, metric: str, measured: Yardstick) -> Protocol:
-    """The protocol of a metric that a run logs: the one that run.json keeps, else one by the run's own yardstick."""
-    return _kept_protocol(run, metric) or measured.protocol(metric)
-
-
-def _kept_protocol(run: Run, metric: str) -> Protocol | None:
-    kept = run.info.get("protocols")
-    if not isinstance(kept, Mapping) or metric not in kept:
-        return None
-    try:
-        return replace(Protocol.from_json(kept[metric]), metric=metric)
-    except InputError:
-        return None  # of a later version: then the run's own yardstick keeps it apart
+def measurements(run: Run, measured: Yardstick) -> list[Measurement]:
+    """Every metric over the run's steps: with its own protocol where values.jsonl has it, else by the yardstick."""
+    known = {item.name for item in run.measurements}
+    found = list(run.measurements)
+    for name, curve in run.curves.items():
+        if is_metric(name) and name not in known:
+            protocol = measured.protocol(name)
+            pairs = zip(curve.steps.tolist(), curve.values.tolist())
+            found += [Measurement(step, name, Value(name, value, None, None, protocol)) for step, value in pairs]
+    return found
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,7 @@ def _letter(place: int) -> str:
     return (chr(96 + first) if first else "") + chr(97 + second)
 
 
-_LOWER = ("fid", "fd", "kid", "lpips", "bits", "loss", "shift", "distance")
+_LOWER = ("fid", "fd", "kid", "lpips", "bits", "loss", "shift", "distance", "denoising")
 
 
 def lower_is_better(metric: str) -> bool:

@@ -8,14 +8,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from imagen_lightning.errors import InputError, counted
+from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.metrics.protocol import MADE, Value
 from imagen_lightning.report import figures
 from imagen_lightning.report.comparable import ValueColumn, value_columns
 from imagen_lightning.report.markup import Html, element, number
 from imagen_lightning.report.page import Cell, Column, Page, Section, details, encode, image, table
-from imagen_lightning.report.runs import Problems
+from imagen_lightning.report.runs import Problems, read_value
 from imagen_lightning.report.sample_sets import open_picture
 from imagen_lightning.report.sources import FoundEvaluation
 from imagen_lightning.report.values import protocol_list, value_cell, value_hint, value_title
@@ -67,13 +67,10 @@ def _line(source: FoundEvaluation, row: Row, problems: Problems) -> Line:
 
 def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, problems: Problems) -> Value | None:
     try:
-        value = Value.from_json(dict(content))
-        if not isinstance(value.metric, str) or not isinstance(value.confidence, str | None):
-            raise InputError(f"metric {value.metric!r} and confidence {value.confidence!r} must be texts")
-    except (TypeError, ValueError) as error:  # InputError is one
+        return read_value(dict(content))
+    except (TypeError, ValueError) as error:
         problems.add(source.folder, f"a value of {row.stage} is left out: {error}")
         return None
-    return value
 
 
 def _table(lines: Sequence[Line], several: bool) -> list[Html]:

@@ -13,7 +13,7 @@ from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.report.comparable import lower_is_better
 from imagen_lightning.report.curves import smooth, thin
 from imagen_lightning.report.markup import Html, element, number
-from imagen_lightning.report.runs import Curve, Run
+from imagen_lightning.report.runs import Curve, Measurement, Run
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -115,6 +115,22 @@ def curves(runs: Sequence[tuple[Style, Curve]], x_title: str = "optimizer step")
         figure.add_trace(_trace(style, raw.steps, raw.values, "raw", showlegend=False, hoverinfo="skip"))
         mean = thin(smooth(curve))
         figure.add_trace(_trace(style, mean.steps, mean.values, "curve"))
+    return figure
+
+
+def measurements(runs: Sequence[tuple[Style, Sequence[Measurement]]], x_title: str = "optimizer step") -> go.Figure:
+    """A metric over the steps of training, with intervals where all of a run's values have one."""
+    numbers = np.array([item.value.value for _, items in runs for item in items])
+    figure = empty(x_title, named=1 < len(runs) <= MOST_NAMED, log_y=spans_decades(numbers))
+    for style, items in runs:
+        thinned = thin(Curve(np.array([item.step for item in items]), np.array([item.value.value for item in items])))
+        kept = set(thinned.steps.tolist())
+        values = [item.value for item in items if item.step in kept]
+        few = len(kept) < MIN_SMOOTHED
+        mode = "lines+markers" if few else "lines"
+        bars = _bars(values, style) if few else None
+        steps = [item.step for item in items if item.step in kept]
+        figure.add_trace(_trace(style, steps, [value.value for value in values], "curve", mode=mode, error_y=bars))
     return figure
 
 

@@ -13,7 +13,7 @@ from imagen_lightning.report.differences import differing
 from imagen_lightning.report.figures import Style
 from imagen_lightning.report.markup import Html, element, join, number
 from imagen_lightning.report.page import Cell, Column, Page, Section, bullets, details, table
-from imagen_lightning.report.runs import Run
+from imagen_lightning.report.runs import Measurement, Run
 from imagen_lightning.report.samples import Drawer, add_grid, drawer_kinds
 from imagen_lightning.report.sources import Sources
 from imagen_lightning.report.values import protocol_list, value_cell, value_hint, value_title
@@ -47,7 +47,7 @@ def build(sources: Sources, most_bytes: int = MOST_BYTES) -> Page:
     evaluations.add(page, sources.evaluations, sources.problems)
     _samples(page, sources, drawn, most_bytes)
     groups = _groups(drawn, yardsticks)
-    if any(run.curves for run in sources.runs):
+    if any(run.curves or run.measurements for run in sources.runs):
         _losses(page, groups)
         _levels(page, groups)
         _metrics(page, drawn, yardsticks)
@@ -67,9 +67,7 @@ def _problems(lines: Sequence[str]) -> Html:
 
 def _verdicts(section: Section, sources: Sources) -> None:
     found = [(item.name, item.evaluation.verdict) for item in sources.evaluations if item.evaluation.verdict]
-    for run in sources.runs:
-        verdict = run.info.get("verdict") or []
-        found += [(run.name, str(line)) for line in (verdict if isinstance(verdict, list) else [verdict])]
+    found += [(run.name, sentence) for run in sources.runs for sentence in run.verdict or []]
     if found:
         lines = [join(element("strong", f"{name}: "), text) for name, text in found]
         section.add(element("div", *(element("p", line) for line in lines), class_="notice verdict"))
@@ -167,24 +165,25 @@ def _levels(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -
 
 
 def _metrics(page: Page, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequence[Yardstick]) -> None:
-    groups: dict[tuple[str, str], list[tuple[Style, Run]]] = {}
+    """A figure for each metric and protocol; intervals where they are known."""
+    groups: dict[tuple[str, str], dict[int, tuple[Style, list[Measurement]]]] = {}
     labels: dict[tuple[str, str], str] = {}
-    for (style, run), measured in zip(drawn, yardsticks):
-        for metric in run.curves:
-            if comparable.is_metric(metric):
-                key = metric, comparable.logged_protocol(run, metric, measured).key()
-                groups.setdefault(key, []).append((style, run))
-                labels.setdefault(key, measured.label)
+    for number_, ((style, run), measured) in enumerate(zip(drawn, yardsticks)):
+        protocol, digest = None, ""
+        for item in comparable.measurements(run, measured):
+            if item.value.protocol is not protocol:  # those of metrics.csv share one
+                protocol, digest = item.value.protocol, item.value.protocol.key()
+            key = item.value.metric, digest
+            groups.setdefault(key, {}).setdefault(number_, (style, []))[1].append(item)
+            labels.setdefault(key, measured.label)
     if not groups:
         return
     section = page.section("Metrics", "metrics")
     shown = []
-    for place, runs in sorted(groups.items(), key=lambda item: item[0][0]):
-        metric = place[0]
-        alone = sum(other == metric for other, _ in groups) == 1
-        title = metric if alone else f"{metric}, {labels[place]}"
-        curves = [(style, run.curves[metric]) for style, run in runs]
-        shown.append(page.plot(figures.curves(curves), title, switches=["log"]))
+    for key, runs in sorted(groups.items(), key=lambda item: ("," in item[0][0], item[0][0])):
+        alone = sum(metric == key[0] for metric, _ in groups) == 1
+        title = key[0] if alone else f"{key[0]}, {labels[key]}"
+        shown.append(page.plot(figures.measurements(list(runs.values())), title, switches=["log"]))
     section.add(element("div", *shown, class_="plots"))
 
 
@@ -278,7 +277,7 @@ def _environment(page: Page, sources: Sources, drawn: Sequence[tuple[Style, Run]
     section.add(details("Folders", bullets([element("code", str(folder)) for folder in folders])))
 
 
-_OMITTED = ("wandb_id", "verdict", "protocols")
+_OMITTED = ("wandb_id",)
 
 
 def _facts(content: Mapping[str, Any]) -> dict[str, str]:

@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
 CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
+VALUES, VERDICT = "values.jsonl", "verdict.json"
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _T = TypeVar("_T")
 
@@ -45,6 +47,15 @@ class Curve:
         return float(self.values[-1])
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A metric with its protocol at a step of training; `name` is its column in metrics.csv."""
+
+    step: int
+    name: str
+    value: Value
+
+
 @dataclass
 class Run:
     """One stage's training.
@@ -55,6 +66,8 @@ class Run:
         config: config.yaml, {} where it is missing.
         info: run.json, {} where it is missing.
         curves: by metric, as metrics.csv names it.
+        measurements: of values.jsonl, by rising step.
+        verdict: what the probes said last, one sentence an ailment; None where they were not asked.
         samples: by rising step.
         num_skipped: training samples that could not be used, None where none was listed.
     """
@@ -64,6 +77,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    verdict: list[str] | None = None
     samples: list[SampleSet] = field(default_factory=list)
     num_skipped: int | None = None
 
@@ -74,7 +89,7 @@ class Run:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.config or self.info or self.curves or self.samples)
+        return not (self.config or self.info or self.curves or self.measurements or self.samples)
 
 
 def is_run(folder: Path) -> bool:
@@ -96,6 +111,9 @@ def read_run(folder: Path, problems: Problems) -> Run:
         config=config or {},
         info=info or {},
         curves=curves,
+        measurements=_read(folder / VALUES, lambda text: _measurements(text, folder / VALUES, problems), problems)
+        or [],
+        verdict=_read(folder / VERDICT, _verdict, problems),
         samples=read_steps(folder / "samples", problems.add),
         num_skipped=skipped or _read(folder / SKIPPED, lambda text: text.count("\n") or None, problems),
     )
@@ -128,6 +146,43 @@ def _configuration(text: str) -> dict[str, Any]:
     config = _mapping_of(lambda content: yaml.load(content, _SafeLoader))(text)
     flatten(config)  # refuses one that YAML's aliases make endless
     return config
+
+
+def _verdict(text: str) -> list[str]:
+    content = _mapping_of(json.loads)(text)
+    sentences, step = content.get("verdict"), content.get("step")
+    if not isinstance(sentences, list):
+        raise ValueError("no verdict")
+    return [f"{sentence} (step {step})" for sentence in sentences or ["nothing ails"]]
+
+
+def _measurements(text: str, path: Path, problems: Problems) -> list[Measurement]:
+    """One a line; those that cannot be read are counted and left out."""
+    lines = text.splitlines()
+    found = [item for line in lines if (item := _measurement(line)) is not None]
+    if len(found) < len(lines):
+        problems.add(path, f"lines that are no values are left out: {len(lines) - len(found)}")
+    return sorted(found, key=lambda item: item.step)
+
+
+def _measurement(line: str) -> Measurement | None:
+    try:
+        content = json.loads(line)
+        return Measurement(int(content["step"]), str(content["name"]), read_value(content["value"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def read_value(content: Any) -> Value:
+    """A value from its JSON.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    value = Value.from_json(content)
+    if not isinstance(value.metric, str) or not isinstance(value.confidence, str | None):
+        raise ValueError(f"metric {value.metric!r} and confidence {value.confidence!r} must be texts")
+    return value
 
 
 def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:

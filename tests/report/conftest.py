@@ -95,8 +95,15 @@ def write_run(folder, *, config=None, metrics=None, samples=None, info=None):
     return folder
 
 
-def value(metric, number, *, spread=0.1, image_size=64, **made):
-    protocol = Protocol(metric, image_size=image_size, num_samples=200, prompts="ab" * 32, weights="ema", **made)
+def write_values(folder, measurements):
+    """values.jsonl of (step, name, value)."""
+    lines = [json.dumps({"step": step, "name": name, "value": item}) for step, name, item in measurements]
+    (folder / "values.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def value(metric, number, *, spread=0.1, image_size=64, num_samples=200, **made):
+    known = {"image_size": image_size, "num_samples": num_samples, "prompts": "ab" * 32, "weights": "ema"}
+    protocol = Protocol(metric, **known, **made)
     return Value(metric, number, number - spread, number + spread, protocol, "95% bootstrap").to_json()
 
 
@@ -143,6 +150,7 @@ def make():
         metrics=write_metrics,
         samples=write_samples,
         value=value,
+        values=write_values,
         sweep=write_sweep,
         matrix=write_matrix,
     )

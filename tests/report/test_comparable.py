@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from imagen_lightning.metrics.protocol import Protocol, Value
-from imagen_lightning.report.comparable import distinct, last_values, lower_is_better, value_columns, yardstick
-from imagen_lightning.report.runs import Curve, Run
+from imagen_lightning.report.comparable import (
+    distinct,
+    last_values,
+    lower_is_better,
+    measurements,
+    value_columns,
+    yardstick,
+)
+from imagen_lightning.report.runs import Curve, Measurement, Run
 
 
 def run(config, name="a", **curves):
@@ -73,12 +80,15 @@ def test_last_values(make):
     assert fid.value == losses[4]
 
 
-def test_a_run_may_keep_the_protocol_of_a_metric(make):
-    protocol = Protocol("FID", extractor="inception", num_samples=100)
-    found = run(make.configuration(), **{"base/FID": np.array([3.0])})
-    found.info = {"protocols": {"base/FID": protocol.to_json(), "base/KID": {"no": "protocol"}}}
-    (value,) = last_values(found, yardstick(found))
-    assert (value.protocol.extractor, value.protocol.num_samples) == ("inception", 100)
+def test_metrics_with_protocols_of_their_own(make):
+    found = run(make.configuration(), **{"base/fid": np.array([4.0, 3.0]), "base/text_z": np.array([2.0])})
+    first, last = (Value("FID", x, x - 1, x + 1, Protocol("FID", num_samples=9), "95%") for x in (4.0, 3.0))
+    found.measurements = [Measurement(1, "base/fid", first), Measurement(2, "base/fid", last)]
+    probe, fid = last_values(found, yardstick(found))
+    assert fid == last
+    assert (probe.metric, probe.value, probe.low) == ("base/text_z", 2.0, None)
+    over_time = measurements(found, yardstick(found))
+    assert [(item.step, item.value.metric) for item in over_time] == [(1, "FID"), (2, "FID"), (0, "base/text_z")]
 
 
 def value(metric, number, **protocol):
@@ -107,8 +117,18 @@ def test_columns_part_protocols_and_keep_metrics_together():
     assert [c.letter for c in value_columns(sweep)][25:28] == ["z", "aa", "ab"]
 
 
-LOWER = ("FID", "FD-random", "KID", "CLIP-FID", "LPIPS", "train/loss", "bits per dimension")
-HIGHER = ("CLIP score", "caption accuracy", "PSNR", "SSIM", "precision", "recall", "inception score")
+LOWER = (
+    "base/denoising_ratio",
+    "sr_64/colour_shift",
+    "FID",
+    "FD-random",
+    "KID",
+    "CLIP-FID",
+    "LPIPS",
+    "train/loss",
+    "bits per dimension",
+)
+HIGHER = ("base/text_gain", "CLIP score", "caption accuracy", "PSNR", "SSIM", "precision", "recall", "inception score")
 
 
 def test_directions():

@@ -1,5 +1,6 @@
 """The report in a browser: it renders, it sorts, it slides, it stays offline."""
 
+import json
 import time
 
 import pytest
@@ -21,6 +22,11 @@ def report(make, tmp_path_factory):
         config = make.configuration(lr=(1 + number) / 1000)
         make.run(top / f"base{number}", config=config, metrics=metrics, samples=samples)
     make.run(top / "sr", config=make.configuration(64, low_res_size=16), metrics={"aug": True}, samples={"stage": 1})
+    for number in range(3):  # the third is measured on more images
+        num, steps = (500 if number == 2 else 200), range(1000, 5000, 1000)
+        values = [make.value("FD-random", number + 2000 / step, num_samples=num, image_size=16) for step in steps]
+        make.values(top / f"base{number}", list(zip(steps, ["base/fd-random"] * 4, values)))
+    (top / "base1" / "verdict.json").write_text(json.dumps({"step": 9000, "verdict": ["text is ignored"]}))
     make.matrix(top / "matrix")
     make.sweep(top / "sweep")
     sources = read_sources([top])
@@ -68,6 +74,7 @@ def test_every_plot_has_points(visit, report, scheme):
     assert titles == [
         *("FD-random against caption accuracy", "Training loss", "Validation loss", "Training loss", "Validation loss"),
         *("Loss by noise level", "Loss by noise level", "Loss by augmentation level"),
+        *("FD-random, base 16 px, X0", "FD-random, base 16 px, X0"),
         *("base/caption_accuracy, base 16 px, X0", "base/caption_accuracy, super-resolution 16 → 64 px, X0"),
     ]
     for title, plot in zip(titles, plots):
@@ -101,7 +108,11 @@ def test_sections_and_contents(visit, report):
     page.locator("nav a", has_text="Metrics").click()
     until(page, "document.querySelector('#metrics').getBoundingClientRect().top < innerHeight")
     verdicts = page.locator(".notice.verdict p").all_inner_texts()
-    assert verdicts == ["matrix: base costs the most", "sweep: guidance 2 is best"]
+    assert verdicts == [
+        "matrix: base costs the most",
+        "sweep: guidance 2 is best",
+        "base1: text is ignored (step 9000)",
+    ]
 
 
 def test_sorting(visit, report):
@@ -139,7 +150,9 @@ def test_columns_hold_one_protocol_each(visit, report):
     assert "mean of the last 20 logged values" in protocols[0]
     assert "1 standard error" in protocols[0]
     assert protocols[1].startswith("train/loss: as a, but 64 px, reference: super-resolution 16 → 64 px, X0, ")
-    assert "Lower is better: train/loss, val/loss. Higher" in page.locator("#runs").inner_text()
+    assert "Lower is better: train/loss, val/loss, FD-random. Higher" in page.locator("#runs").inner_text()
+    assert [title for title in titles if title.startswith("FD-random")] == ["FD-randome", "FD-randomf"]
+    assert "FD-random: as e, but 500 samples; 95% bootstrap" in protocols
     tables = page.locator("#evaluation h3").all_inner_texts()
     assert tables == ["matrix", "sweep", "Pictures"]
     matrix = page.locator("#evaluation table").first
@@ -269,10 +282,12 @@ def test_names_do_not_run(make, visit, tmp_path):
     config = make.configuration()
     config["model"]["init_args"][EVIL] = config["model"]["init_args"]["network"]["class_path"] = EVIL
     config["model"]["init_args"]["diffusion"] = {"parametrization": {"class_path": EVIL}}
-    info = {"git": EVIL, "command": EVIL, "versions": {EVIL: EVIL}, "verdict": [EVIL], "created": EVIL}
+    info = {"git": EVIL, "command": EVIL, "versions": {EVIL: EVIL}, "created": EVIL}
     for name in ("a", f"b{EVIL}".replace("/", "∕")):
         run = make.run(folder / name, config=config, samples={"captions": (EVIL,)}, info=info)
         config["seed_everything"] = EVIL
+    (run / "verdict.json").write_text(json.dumps({"step": EVIL, "verdict": [EVIL]}))
+    make.values(run, [(500, EVIL, make.value(EVIL, 1.0, extractor=EVIL, reference_name=EVIL))])
     text = (run / "metrics.csv").read_text().replace("base/caption_accuracy", f'"{EVIL}"')
     (run / "metrics.csv").write_text(text)
     make.sweep(folder / EVIL.replace("/", "∕"))

@@ -44,7 +44,26 @@ def test_rows_and_cells_that_are_no_numbers_are_counted(tmp_path):
     assert list(run.curves["val/loss"].steps) == [9, 19]
 
 
+def test_values_and_the_verdict(make, tmp_path):
+    folder = make.run(tmp_path / "run")
+    fid = make.value("FID", 3.0)
+    make.values(folder, [(20, "base/fid", fid), (10, "base/fid", make.value("FID", 4.0)), (20, "base/kid", {"no": 1})])
+    (folder / "values.jsonl").open("a").write('{"step": 30, "name": "torn')
+    (folder / "verdict.json").write_text(json.dumps({"step": 20, "stage": "base", "verdict": ["text is ignored"]}))
+    run, problems = read(folder)
+    assert [(item.step, item.name, item.value.value) for item in run.measurements] == [
+        (10, "base/fid", 4.0),
+        (20, "base/fid", 3.0),
+    ]
+    assert run.measurements[-1].value.to_json() == fid
+    assert run.verdict == ["text is ignored (step 20)"]
+    assert problems == ["RUN/values.jsonl: lines that are no values are left out: 2"]
+    (folder / "verdict.json").write_text(json.dumps({"step": 20, "verdict": []}))
+    assert read(folder)[0].verdict == ["nothing ails (step 20)"]
+
+
 BROKEN = {
+    "verdict.json": ["{", "[]", "{}"],
     "metrics.csv": ["", "\0\1\2", "time,loss\n1,2\n", b"step,a\n\xff\xfe"],
     "run.json": ['{"created": "2026', "[1]", "", "[" * 100_000],
     "config.yaml": ["a: [", "- 1", "!!python/object/apply:os.system [echo]", "a: &a [*a]", b"\xff"],
@@ -164,12 +183,21 @@ def mutations(content):
             yield copy
 
 
-FILES = ("run/config.yaml", "run/run.json", "run/samples/0000500/samples.json", "matrix/evaluation.json")
+FILES = (
+    "run/values.jsonl",
+    "run/verdict.json",
+    "run/config.yaml",
+    "run/run.json",
+    "run/samples/0000500/samples.json",
+    "matrix/evaluation.json",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_whatever_a_file_holds_a_page_is_made(make, tmp_path, name):
     make.run(tmp_path / "run", samples={"steps": (500,)}, metrics={"num": 20})
+    make.values(tmp_path / "run", [(500, "base/fid", make.value("FID", 3.0, steps=[10, 20]))])
+    (tmp_path / "run" / "verdict.json").write_text(json.dumps({"step": 500, "verdict": ["x"]}))
     make.matrix(tmp_path / "matrix")
     path = tmp_path / name
     whole = yaml.safe_load(path.read_text())
