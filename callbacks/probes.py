@@ -119,7 +119,7 @@ class Probes(pl.Callback):
         batch_size: samples at once.
 
     Raises:
-        InputError: fewer than 8 samples or another number below 1; when training starts, no validation images.
+        InputError: fewer than 16 samples or another number below its least; when training starts, no validation images.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class Probes(pl.Callback):
         num_steps: int | None = None,
         batch_size: int = 32,
     ) -> None:
-        if num_samples < 8 or num_drawn < 2:
-            raise InputError(f"Probes num_samples {num_samples} must be at least 8, num_drawn {num_drawn} at least 2")
+        if num_samples < 16 or num_drawn < 2:
+            raise InputError(f"Probes num_samples {num_samples} must be at least 16, num_drawn {num_drawn} at least 2")
         self.num_samples = num_samples
         self.num_drawn = num_drawn
         self.every_n_steps = every_n_steps

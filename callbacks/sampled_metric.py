@@ -181,9 +181,7 @@ class SampledMetric(pl.Callback):
         facts = zip(own.positions, own.captions, (digest_tensors([image]) for image in own.truth))
         everyone = sorted(fact for facts in of_all_processes(list(facts)) for fact in facts)
         if len(everyone) < self.least:
-            raise InputError(
-                f"{name} needs at least {self.least} {SPLITS[self.split]} images, and found {len(everyone)}"
-            )
+            raise InputError(f"{name} needs at least {self.least} {SPLITS[self.split]} images; found {len(everyone)}")
         captions, digests = [caption for _, caption, _ in everyone], [digest for _, _, digest in everyone]
         return Given(own, captions, digest_texts(digests), f"{SPLITS[self.split]} images", stage.device)
 
