@@ -58,6 +58,7 @@ class RunCSVLogger(Logger):
         self._next_flush = 0.0
         if not self._dirty:
             self._read()
+        self._remove_partial()
 
     @property
     def name(self) -> str:
@@ -114,6 +115,11 @@ class RunCSVLogger(Logger):
         """Lightning calls this after each of its own rows; the file is written when that costs little of the time."""
         if time.monotonic() >= self._next_flush:
             self.flush()
+
+    @rank_zero_only
+    def _remove_partial(self) -> None:
+        """Takes away what a process that was killed while it wrote left."""
+        self._path.with_name(self._path.name + ".partial").unlink(missing_ok=True)
 
     def finalize(self, status: str) -> None:
         try:

@@ -22,7 +22,7 @@ from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import log_values, rewind_values, stage_name
+from imagen_lightning.callbacks.values import column, log_values, rewind_values, stage_name
 from imagen_lightning.files import write_json
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.probes import (
@@ -182,7 +182,8 @@ class Probes(pl.Callback):
             weights="ema" if averaged else "raw",
             precision=str(trainer.precision),
         )
-        log_values(trainer, stage, findings.values(protocol, self._settings.protocol(stage)))
+        values = findings.values(protocol, self._settings.protocol(stage))
+        log_values(trainer, {column(stage, value.metric): value for value in values})
         content = {"step": trainer.global_step, "stage": name, "verdict": words}
         write_json(run_dir(trainer) / VERDICT, content)
         if words != self._said and (self._said is not None or words):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from imagen_lightning.data.datamodule import LaionDataModule
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, to_float, to_uint8
 from imagen_lightning.metrics.digests import digest_texts
+from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.samplers import DDIM
 from imagen_lightning.types import InputError
 
@@ -37,12 +39,14 @@ class Seen(SampledMetric):
         super().__init__(**{"num_steps": 2, "every_n_steps": 2, "at_end": False, **options})
         self.seen = []
 
+    metric = "seen"
+
     def prepare(self, given):
         self.given = given
 
     def measure(self, images, given, protocol):
         self.seen.append((images, protocol))
-        return []
+        return Value("seen", 0.0, None, None, replace(protocol, metric="seen"))
 
 
 class Counting(DDIM):
@@ -147,7 +151,7 @@ def test_callbacks_that_draw_alike_share_a_drawing(fit, make_base):
 
 
 def test_a_shared_drawing_is_of_the_step_at_hand(fit):
-    first, second = Seen(num_samples=2), Seen(num_samples=2)
+    first, second = Seen(num_samples=2), Seen(num_samples=2, label="again")
     fit([first, second], steps=4)
     (two, _), (four, _) = first.seen
     assert not torch.equal(two, four)
@@ -312,6 +316,17 @@ def test_images_of_buckets_are_refused(fit, make_shards, tmp_path):
     data = LaionDataModule(str(path), image_size=8, batch_size=4, crop="bucket", bucket_step=2)
     with pytest.raises(InputError, match=r"Seen was given images of .* px for a stage of 8 px; use the validation set"):
         fit([Seen(split="train")], datamodule=data, folder=tmp_path / "run")
+
+
+def test_every_name_is_logged_by_one_callback(fit, tmp_path, read_rows):
+    shared = {"num_samples": 4, "num_steps": 2}
+    with pytest.raises(InputError, match="two callbacks log base/fd-random; give one a label"):
+        fit([FID(**shared), KID(**shared), FID(**shared, guidance=1.0)])
+    others = [FID(**shared, seed=1, label="again"), FID(**shared, split="train")]
+    fit([FID(**shared), KID(**shared), *others], steps=1, logger=RunCSVLogger(str(tmp_path)))
+    row = read_rows(tmp_path)[1]
+    assert len(set(row.values())) == len(row)
+    assert {"base/fd-random", "base/kd-random", "base/fd-random_again", "base/fd-random_train"} <= row.keys()
 
 
 def test_values_that_are_none_are_refused(fit, tmp_path):

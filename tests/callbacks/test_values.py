@@ -45,7 +45,7 @@ def test_names():
 
 def test_entries_read_back_as_values(tmp_path):
     trainer = trainer_at(tmp_path, 100)
-    log_values(trainer, BASE, [value(0.5), value(float("inf"), "PSNR")])
+    log_values(trainer, {"base/clip_score": value(0.5), "base/psnr": value(float("inf"), "PSNR")})
     assert trainer.loggers[0].rows == [(100, {"base/clip_score": 0.5, "base/psnr": float("inf")})]
     first, second = map(json.loads, (tmp_path / VALUES).read_text().splitlines())
     assert (first["step"], first["name"]) == (100, "base/clip_score")
@@ -55,8 +55,8 @@ def test_entries_read_back_as_values(tmp_path):
 
 def test_a_step_measured_again_has_its_last_values(tmp_path):
     for number in (0.1, 0.2):
-        log_values(trainer_at(tmp_path, 100), BASE, [value(number), value(1.0, "PSNR")])
-        log_values(trainer_at(tmp_path, 200), BASE, [value(number)])
+        log_values(trainer_at(tmp_path, 100), {"base/clip_score": value(number), "base/psnr": value(1.0, "PSNR")})
+        log_values(trainer_at(tmp_path, 200), {"base/clip_score": value(number)})
     lines = [json.loads(line) for line in (tmp_path / VALUES).read_text().splitlines()]
     assert [(line["step"], line["name"], line["value"]["value"]) for line in lines] == [
         (100, "base/clip_score", 0.2),
@@ -67,7 +67,7 @@ def test_a_step_measured_again_has_its_last_values(tmp_path):
 
 def test_rewinding_keeps_what_lies_behind_the_checkpoint(tmp_path):
     for step in (100, 200, 300):
-        log_values(trainer_at(tmp_path, step), BASE, [value(0.5)])
+        log_values(trainer_at(tmp_path, step), {"base/clip_score": value(0.5)})
     rewind_values(trainer_at(tmp_path, 100, rank=1))
     assert steps(tmp_path) == [100, 200, 300]
     rewind_values(trainer_at(tmp_path, 200))
@@ -79,7 +79,7 @@ def test_rewinding_keeps_what_lies_behind_the_checkpoint(tmp_path):
 
 
 def test_the_file_is_whole_at_any_moment(tmp_path, monkeypatch):
-    log_values(trainer_at(tmp_path, 100), BASE, [value(0.5)])
+    log_values(trainer_at(tmp_path, 100), {"base/clip_score": value(0.5)})
     before = (tmp_path / VALUES).read_text()
 
     def fail(*_):
@@ -87,7 +87,7 @@ def test_the_file_is_whole_at_any_moment(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space"):
-        log_values(trainer_at(tmp_path, 200), BASE, [value(0.5)])
+        log_values(trainer_at(tmp_path, 200), {"base/clip_score": value(0.5)})
     assert (tmp_path / VALUES).read_text() == before
 
 
