@@ -310,5 +310,5 @@ class Run:
             count = 0 if wanted == "start" else generator.randint(1, 2)
             self.kill(wanted, count, generator.random() * longest)
         for _ in range(2):
-            self.kill("end", 1, generator.random() * 0.04)
+            self.kill("end", 1, generator.random() * 0.02)
         self.finish()
