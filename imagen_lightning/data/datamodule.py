@@ -96,7 +96,7 @@ class LaionDataModule(PositionedDataModule):
             training and validation shards alike. They reach `Batch.text` in place of the shards' own (`text.npz`); the
             stage's encoder must be the one that made them, and its weights are not loaded.
         verify: "sha256" compares each sample with the SHA-256 that its shard's index holds, and skips those that
-            differ; shards without are hashed at setup. "off" trusts the disk.
+            differ; shards without are hashed at setup. "none" trusts the disk.
         cache: folder for remote shards, and for indexes of shards in folders that cannot be written; None is
             $IMAGEN_LIGHTNING_CACHE, else `~/.cache/imagen-lightning`. Processes and runs may share it.
         cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows, of three with buckets.
@@ -129,7 +129,7 @@ class LaionDataModule(PositionedDataModule):
         num_val: int | None = None,
         filter: dict[str, Any] | str | None = None,
         text_states: str | Path | None = None,
-        verify: Verify = "off",
+        verify: Verify = "none",
         cache: str | Path | None = None,
         cache_gb: float = 20.0,
         decode: Literal["fast", "exact"] = "fast",
