@@ -125,7 +125,11 @@ def main(argv: list[str]) -> int:
         trust=tuple(arguments.trust),
         command=f"imagen-lightning evaluate {shlex.join(argv)}",
     )
-    evaluation = evaluate(request, arguments.out)
+    try:
+        evaluation = evaluate(request, arguments.out)
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on", file=sys.stderr)
+        raise
     if evaluation is not None:  # the first process tells
         print(evaluation.table)
         print(evaluation.result.verdict)

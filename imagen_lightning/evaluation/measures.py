@@ -91,6 +91,10 @@ class Judge:
     higher_is_better: bool
     percent: bool
 
+    def quality(self, measured: Measured) -> float:
+        """The number, its sign so that more is better."""
+        return (1 if self.higher_is_better else -1) * measured.number(self.metric)
+
 
 class Measurer:
     """Measures chains; a chain that was measured by the same networks is read from `folder`.

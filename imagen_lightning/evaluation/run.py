@@ -28,7 +28,7 @@ from imagen_lightning.evaluation.identity import weights_sha256
 from imagen_lightning.evaluation.matrix import picture_of, picture_of_real, row_of, run_matrix
 from imagen_lightning.evaluation.measures import Judge, Measured, Measurer
 from imagen_lightning.evaluation.pictures import save_picture
-from imagen_lightning.evaluation.points import Axes, points
+from imagen_lightning.evaluation.points import Axes, best_point, points
 from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.prompts import read_prompts
 from imagen_lightning.evaluation.schema import Evaluation, Row, save
@@ -133,7 +133,7 @@ def _evaluate(
         rows, verdict = matrix.rows, matrix.verdict
     else:
         rows = [row_of(drawing, chain, item) for chain, item in zip(whole, measured)]
-        verdict = sweep_verdict(rows, measured, measurer.judges(measured))
+        verdict = sweep_verdict(rows, chosen, measured, measurer.judges(measured))
         rows += [row for row, item in zip(rows, measured) for row in _categories(data, row, item)]
     if judge is not None:
         best = _best(request, whole, [row_of(drawing, *pair) for pair in zip(whole, measured)], measured, judge)
@@ -288,8 +288,7 @@ def _best(
     request: Request, whole: Sequence[Chain], rows: Sequence[Row], measured: Sequence[Measured], judge: Judge
 ) -> dict[str, Any]:
     """The best point by the judge, with its evidence."""
-    sign = 1 if judge.higher_is_better else -1
-    point = max(range(len(whole)), key=lambda number: sign * measured[number].number(judge.metric))
+    point = best_point([judge.quality(item) for item in measured], [chain.settings for chain in whole])
     value = measured[point].value(judge.metric).to_json()
     return {
         "chosen_by": judge.metric,
