@@ -188,7 +188,9 @@ class Measurer:
         return measured
 
     def _key(self) -> list[str]:
-        named = [*self.extractors, *([self.lpips] if self.lpips is not None else [])]
+        named: list[FeatureExtractor | LPIPS] = [*self.extractors]
+        if self.lpips is not None:
+            named.append(self.lpips)
         return [f"{network.name} {network.sha256}" for network in named]
 
     def _protocol(self, drawing: Drawing, images: ImageSet, chain: Chain | None) -> Protocol:
