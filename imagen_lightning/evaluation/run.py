@@ -109,6 +109,7 @@ def _evaluate(
     with processes() as (part, meet):
         if part.rank == 0:
             _begin(out, request, identity, data)
+            write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
         meet()
         drawing = Drawing(
             cascade,
@@ -237,10 +238,9 @@ def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> N
                     f"{plan[key]!r}; give another folder"
                 )
         return
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"samples"}):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {str(out)!r} is not empty and holds no evaluation; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
     write_json(path, plan)
 
 
