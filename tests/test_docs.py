@@ -17,8 +17,12 @@ import torch
 import yaml
 
 from imagen_lightning import callbacks, cascade, data, diffusion, networks, samplers, stages, text
-from imagen_lightning.cli import fit, main
+from imagen_lightning.cli import fit, main, shards
+from imagen_lightning.data import metadata
+from imagen_lightning.data.filters import Filter
 from imagen_lightning.data.skips import Reason
+from imagen_lightning.errors import InputError
+from imagen_lightning.metrics.features import FeatureExtractor, load_extractor
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,11 +79,15 @@ def test_yaml_fits_a_stage(name, number, monkeypatch, tmp_path):
     """Each YAML, laid over a shipped stage, parses to the end."""
     page = next(page for page in PAGES if page.name == name)
     module = ModuleType("my_package")
-    for block in blocks(page, "python") if name == "extending.md" else []:
+    monkeypatch.chdir(tmp_path)
+    for block in [block for block in blocks(page, "python") if "\nclass " in block]:
         exec(compile(block.split("\n\n\ndef test_")[0], name, "exec"), vars(module))
     monkeypatch.setitem(sys.modules, "my_package", module)
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(blocks(page, "yaml")[number])
+    if "class_path" in yaml.safe_load(overlay.read_text()):  # no stage's, but an extractor's
+        assert isinstance(load_extractor(overlay), FeatureExtractor)
+        return
     monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
     config = parse(["--config", str(fit.find_config("domain/pixel_art.yaml")), "--config", str(overlay)])
     given = yaml.safe_load(overlay.read_text())
@@ -165,11 +173,13 @@ def test_commands_exist(options, capsys):
             continue
         assert verb in main.VERBS, f"{page}: imagen-lightning {verb}"
         path = (verb, words[0]) if verb == "shards" and words else (verb,)
+        if path[1:]:
+            assert path[1] in shards.VERBS, f"{page}: imagen-lightning shards {path[1]}"
         for word in words:
             option = word.partition("=")[0]
             if not option.startswith("--") or option in options(path, capsys):
                 continue
-            assert verb == "fit", f"{page}: imagen-lightning {verb} has no {option}"
+            assert verb in ("fit", "verify-resume"), f"{page}: imagen-lightning {verb} has no {option}"
             assert re.fullmatch(r"--(model|data)\.init_args(\.\w+)+", option), f"{page}: {option}"
 
 
@@ -179,9 +189,11 @@ FITS = [words for words in FITS if "stage.yaml" not in words and "RUN/config.yam
 
 @pytest.mark.parametrize("words", FITS, ids=" ".join)
 def test_fit_commands_parse(words, tmp_path, monkeypatch):
-    overlay = tmp_path / "mine.yaml"
-    overlay.write_text(next(block for block in blocks(ROOT / "README.md", "yaml") if "runs/mine" in block))
-    words = [str(overlay) if word == "mine.yaml" else word for word in words]
+    for word in {"mine.yaml", "laion.yaml"} & {*words}:  # which a page shows
+        run = f"run: runs/{Path(word).stem}/"
+        block = next(block for page in PAGES for block in blocks(page, "yaml") if run in block)
+        (tmp_path / word).write_text(block)
+        words = [str(tmp_path / word) if item == word else item for item in words]
     words = [str(fit.find_config(word)) if before == "--config" else word for before, word in zip(["", *words], words)]
     monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
     parsed = yaml.safe_load(parse(words))
@@ -198,13 +210,25 @@ def test_fit_commands_parse(words, tmp_path, monkeypatch):
 CONFIGURED = {name: (page, body) for page in (ROOT / "docs").glob("*.md") for name, body in sections(page).items()}
 
 
+def own_parameters(cls: type, body: str) -> dict[str, inspect.Parameter]:
+    """Those that the class's table must have: one that takes a parent's too names the parent, whose table has them."""
+    parameters = dict(inspect.signature(vars(cls).get("__init__", lambda self, **options: None)).parameters)
+    del parameters["self"]
+    rest = [name for name, item in parameters.items() if item.kind is inspect.Parameter.VAR_KEYWORD]
+    if rest:
+        del parameters[rest[0]]
+        described = {name.rpartition(".")[2] for name in CONFIGURED}
+        parent = next(base.__name__ for base in cls.__mro__[1:] if base.__name__ in described)
+        assert f"options of `{parent}`" in body or f"options are those of `{parent}`" in body, cls
+    return parameters
+
+
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_tables_of_options_are_complete_and_right(name):
     page, body = CONFIGURED[name]
     module, _, cls_name = name.rpartition(".")
     cls = getattr(sys.modules[module], cls_name)
-    parameters = dict(inspect.signature(cls.__init__).parameters)
-    del parameters["self"]
+    parameters = own_parameters(cls, body)
     told = {option: cells[1] for cells in rows(body) for option in re.findall(r"`(\w+)`", cells[0])}
     assert told.keys() == parameters.keys()
     required = [option for option, cell in told.items() if cell == "required"]
@@ -226,7 +250,8 @@ def test_every_component_of_a_yaml_has_its_table():
         *stages.__all__,
         *networks.__all__,
         *data.__all__,
-        *("EMA", "Checkpoint", "NoiseLevelLoss", "SampleGrid", "Throughput"),
+        *("EMA", "Checkpoint", "NoiseLevelLoss", "SampleGrid", "SkippedSamples", "Throughput"),
+        *("SampledMetric", "FID", "KID", "CLIPScore", "CaptionAccuracy", "Probes"),
         *("TinyTextEncoder", "T5TextEncoder", "TransformerEncoder", "LowResAugmentation"),
     }
     assert described == expected - {"DiffusionMixin", "StepRecord"}
@@ -256,13 +281,34 @@ def test_reasons_of_skips_are_listed():
     body = (ROOT / "docs" / "data.md").read_text()
     listed = {cell for cells in rows(body) for cell in cells}
     assert {reason.value for reason in Reason} <= listed
+    named = {row[0]: row[1] for row in rows(body)}
+    assert all(named[reason.value] == f"`{reason.name.lower()}`" for reason in Reason)
+
+
+def test_conditions_of_filters_are_listed():
+    listed = " ".join(row[0] for row in rows((ROOT / "docs" / "data.md").read_text()))
+    fields = re.search(r"^\| `FIELD_min`, .*$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)[0]
+    assert all(f"`{field}`" in fields for field in metadata.NUMBERS)
+    with pytest.raises(InputError) as refused:
+        Filter({"nothing": 1})
+    known = str(refused.value).partition("some of ")[2].split(", ")
+    assert len(known) > 10
+    assert all(f"`{name}`" in listed for name in known if not name.endswith("_min/_max"))
+
+
+def test_verbs_are_listed():
+    listed = {verb for row in rows((ROOT / "docs" / "configuration.md").read_text()) for verb in row[0].split(", ")}
+    verbs = {f"`{verb}`" for verb in main.VERBS if verb != "shards"} | {f"`shards {verb}`" for verb in shards.VERBS}
+    assert verbs <= listed
 
 
 def test_options_of_shards_and_quickstart_are_listed(options, capsys):
-    told = (("data.md", ("shards", "write")), ("data.md", ("shards", "embed")), ("quickstart.md", ("quickstart",)))
-    for page, verb in told:
-        listed = {cells[0].strip("`") for cells in rows((ROOT / "docs" / page).read_text())}
-        assert options(verb, capsys) - {"--help"} <= listed, verb
+    told = [("data.md", ("shards", verb)) for verb in shards.VERBS]
+    for page, verb in [*told, ("data.md", ("verify-resume",)), ("quickstart.md", ("quickstart",))]:
+        cells = [row[0] for row in rows((ROOT / "docs" / page).read_text())]
+        listed = {option for cell in cells for option in re.findall(r"`(--[\w-]+)`", cell)}
+        own = {option for option in options(verb, capsys) if "." not in option}  # the rest are fit's
+        assert own - {"--help"} <= listed, verb
 
 
 def test_fields_of_the_manifest_are_listed(tmp_path):
