@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy  # isort: skip
 
 from imagen_lightning.callbacks.ema import averaged_weights
 from imagen_lightning.callbacks.rng import untouched_rng
@@ -65,10 +66,15 @@ class Pictures:
         ]
 
 
-def require_stage(module: pl.LightningModule, who: str) -> None:
-    """Refuses to draw with anything but a stage; `who` is the callback's name."""
+def require_stage(trainer: pl.Trainer, module: pl.LightningModule, who: str) -> None:
+    """Refuses to draw with anything but a stage that each process has as a whole; `who` is the callback's name."""
     if not isinstance(module, DiffusionMixin):
         raise InputError(f"{who} looks at stages of a cascade; {type(module).__name__} is none")
+    # Processes draw different numbers of images: where each pass through the network needs all of them, they would wait
+    # for each other for ever.
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        name = type(trainer.strategy).__name__
+        raise InputError(f"{who} cannot draw with weights that {name} spreads over processes; use strategy ddp")
 
 
 def prompt_pictures(prompts: Sequence[str]) -> Pictures:

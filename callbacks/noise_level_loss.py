@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
 from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.run_folder import log_metrics
+from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.stages import StepRecord
 from imagen_lightning.types import InputError
 
@@ -58,19 +59,22 @@ class NoiseLevelLoss(pl.Callback):
     Args:
         num_bins: bins of [0, 1], at most 100.
         every_n_steps: optimizer steps between two loggings of the training loss.
+        every_n_epochs: passes over the training data, in the place of steps.
+
+    Raises:
+        InputError: a number out of range; when training starts, data without epochs where they are counted.
     """
 
-    def __init__(self, num_bins: int = 10, every_n_steps: int = 100) -> None:
-        if not 1 <= num_bins <= 100 or every_n_steps < 1:
-            raise InputError(
-                f"NoiseLevelLoss num_bins {num_bins} must be in 1..100, every_n_steps {every_n_steps} at least 1"
-            )
+    def __init__(self, num_bins: int = 10, every_n_steps: int = 100, every_n_epochs: float | None = None) -> None:
+        if not 1 <= num_bins <= 100:
+            raise InputError(f"NoiseLevelLoss num_bins {num_bins} must be in 1..100")
         self.num_bins = num_bins
         self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self._schedule = Schedule(every_n_steps, every_n_epochs, at_end=False)
         self._means = {
             (part, level): LevelMeans(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")
         }
-        self._seen_step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The sums since the training losses were last logged, over all processes, so that a resumed run goes on."""
@@ -84,15 +88,14 @@ class NoiseLevelLoss(pl.Callback):
                 self._means["train", level].totals = totals
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen_step = trainer.global_step
+        self._schedule.start(trainer, "NoiseLevelLoss")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._add("train", pl_module)
-        if trainer.global_step > self._seen_step and trainer.global_step % self.every_n_steps == 0:
+        if self._schedule.is_due(trainer):
             self._log("train", trainer, pl_module)
-        self._seen_step = trainer.global_step
 
     def on_validation_batch_end(
         self,

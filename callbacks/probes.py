@@ -148,7 +148,7 @@ class Probes(pl.Callback):
         self._said: list[str] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        require_stage(pl_module, "Probes")
+        require_stage(trainer, pl_module, "Probes")
         self._schedule.start(trainer, "Probes")
         rewind_values(trainer)
         if trainer.is_global_zero:

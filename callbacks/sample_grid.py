@@ -100,7 +100,7 @@ class SampleGrid(pl.Callback):
         self._given: Pictures | None = None  # in the first process
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        require_stage(pl_module, "SampleGrid")
+        require_stage(trainer, pl_module, "SampleGrid")
         self._schedule.start(trainer, "SampleGrid")
         self._settings.of(pl_module)  # type: ignore[arg-type]
         if trainer.is_global_zero:

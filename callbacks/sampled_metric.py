@@ -68,7 +68,7 @@ class SampledMetric(pl.Callback):
     drawing.
 
     Args:
-        num_samples: images drawn, fewer where there are fewer or some cannot be used.
+        num_samples: images drawn, fewer where there are fewer or some cannot be used; the real images stay in memory.
         every_n_steps: optimizer steps between two measurements.
         every_n_epochs: passes over the training data, in the place of steps.
         at_end: whether to measure when training ends, unless a signal ended it.
@@ -154,7 +154,7 @@ class SampledMetric(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         name = type(self).__name__
-        require_stage(pl_module, name)
+        require_stage(trainer, pl_module, name)
         assert isinstance(pl_module, DiffusionMixin)
         self._schedule.start(trainer, name)
         self._settings.of(pl_module)

@@ -37,8 +37,8 @@ def x0_errors(stage: Stage, batches: Sequence[Batch], times: Sequence[float], se
             t = torch.full((len(x0),), time, device=device)
             x_t = stage.process.add_noise(x0, epsilon, t)
             estimate = stage.process.x0(stage.predict(x_t, t, conditioning), x_t, t)
-            errors.append((estimate.double() - x0.double()).square().mean((1, 2, 3)))
-        rows.append(torch.stack(errors, 1).cpu())
+            errors.append((estimate.float() - x0).cpu().double().square().mean((1, 2, 3)))
+        rows.append(torch.stack(errors, 1))
     return torch.cat(rows)
 
 

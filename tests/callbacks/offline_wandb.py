@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,13 +38,13 @@ def records(path: Path):
     from wandb.proto import wandb_internal_pb2
 
     data, place, parts = path.read_bytes(), HEADER, []
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b"", b":W&B")
     while place + RECORD <= len(data):
         if BLOCK - place % BLOCK < RECORD:
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
-        if kind == 0:
+        if kind == 0 or place + RECORD + length > len(data):
             break
         parts.append(data[place + RECORD : place + RECORD + length])
         place += RECORD + length
@@ -52,11 +53,21 @@ def records(path: Path):
             parts = []
 
 
-def read(folder: Path) -> OfflineRun:
-    """The only offline run of a run folder."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+def read(folder: Path, seconds: float = 120) -> OfflineRun:
+    """The only offline run of a run folder, once W&B's own process has written it to its end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for path in folder.glob("wandb/offline-run-*/run-*.wandb"):
+            found = list(records(path))
+            if any(record.WhichOneof("record_type") == "exit" for record in found):
+                return _content(found)
+        time.sleep(0.1)
+    raise TimeoutError(f"{folder} has no offline run that has ended")
+
+
+def _content(found_records) -> OfflineRun:
     found = OfflineRun()
-    for record in records(path):
+    for record in found_records:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found.run = record.run

@@ -3,11 +3,13 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 
 from imagen_lightning.callbacks import (
     EMA,
@@ -295,6 +297,10 @@ def test_refusals(fit, make_sr, make_shards, make_data, tmp_path):
         KID(num_steps=0)
     with pytest.raises(InputError, match="FID looks at stages of a cascade; Plain is none"):
         FID().on_train_start(Trainer(logger=False, accelerator="cpu"), Plain())
+    spread = SimpleNamespace(strategy=FSDPStrategy())
+    for callback in (FID(), Probes(), SampleGrid(PROMPTS)):
+        with pytest.raises(InputError, match="cannot draw with weights that FSDPStrategy spreads over processes; use"):
+            callback.on_train_start(spread, make_sr())
     assert not (run / "values.jsonl").exists()
 
 
