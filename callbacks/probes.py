@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 VERDICT = "verdict.json"
 
 # How these were found: docs/evaluation.md, "The first hour".
-MIN_TEXT_Z = 3.0  # standard errors by which true captions must beat shuffled ones
+MIN_TEXT_GAIN = 0.002  # share of the error that true captions must save against shuffled ones, …
+MIN_TEXT_Z = 3.0  # … and in standard errors
 MAX_DENOISING_RATIO = 0.5  # of the error that knowing each channel's mean and variance alone leaves
 MAX_COLOUR_SHIFT = 4.0  # of 255
 
@@ -75,10 +76,11 @@ class Findings:
             )
         if self.text_gains is not None and self.colour_shifts is None:
             gain, z = float(self.text_gains.mean()), z_score(self.text_gains)
-            if z < MIN_TEXT_Z:
+            if z < MIN_TEXT_Z or gain < MIN_TEXT_GAIN:
                 words.append(
                     f"text is ignored: true captions save {gain:.2%} of the error, {z:.1f} standard errors (above "
-                    f"{MIN_TEXT_Z:g} is heard): keep training; if it stays, look at the captions and text settings"
+                    f"{MIN_TEXT_GAIN:.1%} and {MIN_TEXT_Z:g} is heard): keep training; if it stays, look at the "
+                    "captions and text settings"
                 )
         if self.colour_shifts is not None:
             shift = float(self.colour_shifts.mean())

@@ -10,7 +10,13 @@ from lightning.pytorch import Callback
 
 from imagen_lightning.callbacks import EMA, Checkpoint, Probes, RunCSVLogger, averaged_weights
 from imagen_lightning.callbacks.drawing import first_pictures
-from imagen_lightning.callbacks.probes import MAX_COLOUR_SHIFT, MAX_DENOISING_RATIO, MIN_TEXT_Z, Findings
+from imagen_lightning.callbacks.probes import (
+    MAX_COLOUR_SHIFT,
+    MAX_DENOISING_RATIO,
+    MIN_TEXT_GAIN,
+    MIN_TEXT_Z,
+    Findings,
+)
 from imagen_lightning.data.datamodule import LaionDataModule
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import to_float, to_uint8
@@ -40,6 +46,8 @@ def test_words_at_the_thresholds():
     assert "keep training" in noise
     (text,) = verdict(text=ignored)
     assert text.startswith("text is ignored: true captions save 2.00% of the error, 3.0 standard errors")
+    assert verdict(text=numbers(MIN_TEXT_GAIN + 1e-4, 9)) == []
+    assert verdict(text=numbers(MIN_TEXT_GAIN - 1e-4, 9))[0].startswith("text is ignored: true captions save 0.19% of")
     assert verdict(text=numbers(-0.02, 9))[0].startswith(
         "text is ignored: true captions save -2.00% of the error, -9.0"
     )
