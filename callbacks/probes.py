@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,8 +108,8 @@ class Probes(pl.Callback):
     """Measures on the first validation samples what a loss does not tell, and says it in words.
 
     Logs `STAGE/denoising_ratio`, `STAGE/text_gain`, `STAGE/text_z` and, for super-resolution, `STAGE/colour_shift`; the
-    verdict goes to the log when it changes and to RUN/verdict.json. The first process measures; training is the same to
-    the bit as without.
+    verdict goes to the log when other things ail than before, and to RUN/verdict.json. The first process measures;
+    training is the same to the bit as without.
 
     Args:
         num_samples: validation samples.
@@ -147,7 +147,7 @@ class Probes(pl.Callback):
         self._settings = DrawingSettings(num_steps=num_steps, batch_size=batch_size)
         self._given: Pictures | None = None  # in the first process
         self._reference = ""
-        self._said: list[str] | None = None
+        self._said: list[str] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_stage(trainer, pl_module, "Probes")
@@ -188,9 +188,9 @@ class Probes(pl.Callback):
         log_values(trainer, {column(stage, value.metric): value for value in values})
         content = {"step": trainer.global_step, "stage": name, "verdict": words}
         write_json(run_dir(trainer) / VERDICT, content)
-        if words != self._said and (self._said is not None or words):
+        if _ailments(words) != _ailments(self._said):
             for sentence in words or ["nothing ails any more"]:
-                log.info("%s, step %d: %s", name, trainer.global_step, sentence)
+                log.warning("%s, step %d: %s", name, trainer.global_step, sentence)
         self._said = words
 
     def _findings(self, trainer: pl.Trainer, stage: Any, given: Pictures) -> tuple[Findings, bool]:
@@ -217,11 +217,16 @@ class Probes(pl.Callback):
         return Findings(ratios, None if gains is None or len(gains) < 2 else gains, shifts), averaged
 
 
-def _rewind_verdict(trainer: pl.Trainer) -> list[str] | None:
+def _ailments(words: Sequence[str]) -> list[str]:
+    """What ails, without the numbers."""
+    return [sentence.partition(":")[0] for sentence in words]
+
+
+def _rewind_verdict(trainer: pl.Trainer) -> list[str]:
     """What was said last; that of a later step than the trainer's, which a resumed run takes again, is dropped."""
     path = run_dir(trainer) / VERDICT
     if not path.exists():
-        return None
+        return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["step"] <= trainer.global_step:
@@ -229,4 +234,4 @@ def _rewind_verdict(trainer: pl.Trainer) -> list[str] | None:
     except (ValueError, TypeError, KeyError):
         log.warning("%s was no verdict and is dropped", path)
     path.unlink()
-    return None
+    return []

@@ -1,7 +1,6 @@
 """The verdict in words: healthy stages pass, each planted ailment is named, and the numbers are those of the probes."""
 
 import json
-import logging
 import math
 
 import pytest
@@ -196,17 +195,14 @@ def test_a_stage_without_text_or_with_one_caption_alone_has_no_text_to_ignore(
 
 
 def test_what_changes_is_said(fit, tmp_path, caplog, monkeypatch):
-    found = iter(
-        [Findings(numbers(0.9), None, None), Findings(numbers(0.8), None, None)]
-        + 2 * [Findings(numbers(0.1), None, None)]
-    )
-    monkeypatch.setattr(Probes, "_findings", lambda *_: (next(found), True))
-    with caplog.at_level(logging.INFO, "imagen_lightning.callbacks.probes"):
-        fit([Probes(num_samples=16, every_n_steps=1)], steps=4)
+    ratios = iter([0.9, 0.8, 0.1, 0.1, 0.7])
+    monkeypatch.setattr(Probes, "_findings", lambda *_: (Findings(numbers(next(ratios)), None, None), True))
+    fit([Probes(num_samples=16, every_n_steps=1)], steps=5)
     said = [record.getMessage() for record in caplog.records if record.name == "imagen_lightning.callbacks.probes"]
-    assert [line.partition(": ")[0] for line in said] == ["base, step 1", "base, step 2", "base, step 3"]
-    assert said[-1] == "base, step 3: nothing ails any more"
-    assert json.loads((tmp_path / "verdict.json").read_text()) == {"step": 4, "stage": "base", "verdict": []}
+    assert [line.partition(": ")[0] for line in said] == ["base, step 1", "base, step 3", "base, step 5"]
+    assert said[0].startswith("base, step 1: still noise at t<0.2: the error is 0.90 of")
+    assert said[1] == "base, step 3: nothing ails any more"
+    assert json.loads((tmp_path / "verdict.json").read_text())["step"] == 5
 
 
 def test_a_verdict_of_a_later_step_is_dropped_where_a_run_goes_on(fit, tmp_path):
