@@ -72,6 +72,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _refuse(message: str) -> int:
+    message = message.rpartition(f"{InputError.__module__}.InputError: ")[2]  # a loader's process adds its traceback
     print(f"imagen-lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

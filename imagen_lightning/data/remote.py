@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SILENCE = 60  # seconds without a byte before a connection is given up
+_SILENCE = 30  # seconds without a byte before a connection is given up
 _FINAL = (400, 401, 403, 410)  # HTTP answers that another attempt will not change
 _FINAL_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nor these of the disk
 

@@ -372,5 +372,5 @@ class ReadAhead:
                 keep = self._keep
             try:
                 self.cache.fetch(index.shard, index, keep, wait=False)
-            except InputError as error:  # whoever needs the shard will meet it and say so
-                log.info("read-ahead of %s: %s", index.shard, error)
+            except (InputError, RuntimeError) as error:  # whoever needs the shard will meet it and say so
+                log.info("read-ahead of %s: %s", index.shard, error)  # RuntimeError: the interpreter is ending

@@ -593,6 +593,25 @@ def test_training_on_remote_shards_sees_what_local_ones_give(server, tmp_path, n
     assert sum(file.stat().st_size for file in (tmp_path / "cache" / "shards").glob("*.tar")) <= 4 * size
 
 
+def test_what_a_loader_process_cannot_fetch_ends_the_run_with_one_line(server, tmp_path, capsys, monkeypatch):
+    from imagen_lightning.cli import main as cli
+    from imagen_lightning.data.datamodule import LaionDataModule
+
+    for number in range(NUM_SHARDS):
+        open_index(str(tmp_path / "web" / f"train-{number:02d}.tar"), hashes=True)
+        server.mischief[f"train-{number:02d}.tar"] = [403] * 9
+    address, folder = f"{server.address}/train-{{00..05}}.tar", str(tmp_path / "cache")
+    data = LaionDataModule(address, image_size=8, batch_size=4, cache=folder, num_workers=1)
+    batches = iter(data.train_dataloader())
+    monkeypatch.setattr(cli, "_run", lambda _: next(batches))
+    assert cli.main([]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"imagen-lightning: error: shard '{server.address}/train-0")
+    assert "cannot be read: 403" in line
+    assert line.count("\n") == 1
+    batches._shutdown_workers()  # while their server is there
+
+
 def test_each_shard_is_fetched_once_an_epoch_and_before_it_is_needed(server, tmp_path):
     from imagen_lightning.data.datamodule import LaionDataModule
 
