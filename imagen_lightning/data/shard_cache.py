@@ -34,6 +34,7 @@ from imagen_lightning.data.index import (
     write_whole,
 )
 from imagen_lightning.data.remote import WrongTransfer, attempt, filesystem
+from imagen_lightning.data.skips import Unusable
 from imagen_lightning.data.walk import hash_samples
 from imagen_lightning.errors import InputError
 
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = 300  # seconds to wait for room
+
+_CHANGED = "; if it has changed since it was indexed, run `imagen-lightning shards index --force`"
 
 
 class CacheFull(InputError):
@@ -129,7 +132,7 @@ class ShardCache:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
         if status.st_nlink and size in (None, status.st_size):
-            os.utime(descriptor)
+            _touch(descriptor)
             return descriptor
         self.close(descriptor)
         if status.st_nlink:  # cut by a crash of the machine, or of another state of the shard
@@ -226,7 +229,7 @@ class ShardCache:
         path = self.path(address)
         with _locked(path.with_name(f"{path.name}.lock"), wait) as mine:
             if mine and path.exists():
-                os.utime(path)
+                _touch(path)
             elif mine:
                 try:
                     self._transfer(address, path, index, keep)
@@ -237,7 +240,7 @@ class ShardCache:
     def _transfer(self, address: str, path: Path, index: ShardIndex | None, keep: Collection[str]) -> None:
         system, place = filesystem(address)
         what = f"shard {address!r}"
-        size = index.size if index else self._attempt(lambda: system.info(place)["size"], what)
+        size = index.size if index else self._attempt(lambda: system.info(place).get("size"), what)
         for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):  # by a process that was killed
             left.unlink(missing_ok=True)
         partial = path.with_name(f"{path.name}.{size or 0}.partial")
@@ -297,11 +300,15 @@ def _receive(system: Any, place: str, partial: Path, size: int | None, index: Sh
         os.fsync(file.fileno())
         received = os.fstat(file.fileno()).st_size
         if size is not None and received != size:
-            raise WrongTransfer(f"{received} bytes came of {size}")
+            raise WrongTransfer(f"{received} bytes came of {size}{_CHANGED if index else ''}")
         if index is not None and hash_samples(file.fileno(), index.spans).tobytes() != index.digests().tobytes():
-            raise WrongTransfer(
-                "its samples are not those of its index; if it has changed, run `imagen-lightning shards index --force`"
-            )
+            raise WrongTransfer(f"its samples are not those of its index{_CHANGED}")
+
+
+def _touch(file: Path | int) -> None:
+    """Notes that a shard is used."""
+    with suppress(PermissionError):  # another user's
+        os.utime(file)
 
 
 def _discard(file: Path) -> bool:
@@ -350,6 +357,7 @@ class ReadAhead:
         self.cache = cache
         self.process = os.getpid()
         self._wanted: list[ShardIndex] = []
+        self._keep: list[str] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -372,5 +380,5 @@ class ReadAhead:
                 keep = self._keep
             try:
                 self.cache.fetch(index.shard, index, keep, wait=False)
-            except (InputError, RuntimeError) as error:  # whoever needs the shard will meet it and say so
-                log.info("read-ahead of %s: %s", index.shard, error)  # RuntimeError: the interpreter is ending
+            except (InputError, Unusable, RuntimeError) as error:  # RuntimeError: the interpreter is ending
+                log.info("read-ahead of %s: %s", index.shard, error)  # whoever needs the shard will meet it and say so

@@ -356,7 +356,9 @@ def test_a_shard_that_changed_after_it_was_indexed_is_refused_until_it_is_indexe
         file.unlink()
     cache = ShardCache(folder, 10**9, attempts=2, pause=0)
     index = cache.open_index(address)
-    with pytest.raises(InputError, match="if it has changed, run `imagen-lightning shards index --force`"):
+    with pytest.raises(
+        InputError, match="if it has changed since it was indexed, run `imagen-lightning shards index --force`"
+    ):
         cache.open(index)
     assert main(["shards", "index", address, "--force", "--cache", str(folder)]) == 0
     assert captions(open_shards(address, cache=folder)) == EXPECTED[4:8]

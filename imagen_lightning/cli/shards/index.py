@@ -120,5 +120,5 @@ def add_shards(parser: Parser) -> None:
     parser.add_argument(
         "--cache-gb", type=float, default=20.0, metavar="GB", help="of remote shards kept there (%(default)s)"
     )
-    workers = len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes (%(default)s)")
