@@ -37,8 +37,7 @@ _PARTS = {
 
 
 class Difference(NamedTuple):
-    """The largest absolute difference in one thing of two runs: 0 where they are the same to the bit, infinite where
-    they cannot be subtracted."""
+    """The largest difference in one thing of two runs: 0 where equal to the bit, infinite where none can be taken."""
 
     what: str
     largest: float
@@ -109,9 +108,8 @@ def compare_histories(first: Sequence[StepSamples], second: Sequence[StepSamples
 def main(argv: list[str]) -> int:
     """Runs `imagen-lightning verify-resume` with the arguments after that and returns the exit code."""
     arguments, rest = _parser().parse_known_args(argv)
-    for name in ("run", "resume"):
-        if any(item.split("=")[0] == f"--{name}" for item in rest):
-            raise InputError(f"verify-resume makes runs of its own; drop --{name}")
+    if own := [item for item in rest if item.split("=")[0] in ("--run", "--resume")]:
+        raise InputError(f"verify-resume makes runs of its own; drop {own[0]}")
     if arguments.kills < 1 or arguments.steps < 4:
         raise InputError(f"--kills {arguments.kills} must be at least 1 and --steps {arguments.steps} at least 4")
     out = arguments.out or Path(tempfile.mkdtemp(prefix="verify-resume-"))
@@ -119,10 +117,12 @@ def main(argv: list[str]) -> int:
     if any(out.iterdir()):
         raise InputError(f"{out} is not empty; choose another --out")
     verification = Verification(arguments, rest, out)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # `fit` must not outlive this
     try:
         equal = verification.run()
     finally:
         verification.stop()
+        signal.signal(signal.SIGTERM, before)
     if not equal or arguments.out:
         print(f"\nthe runs are in {out}")
     else:
