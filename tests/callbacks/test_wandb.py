@@ -1,5 +1,7 @@
 """What W&B is told of a cascade's stages, read back from their offline runs."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,6 @@ from offline_wandb import read
 from PIL import Image
 
 from imagen_lightning.callbacks.loggers import cascade_name, wandb_logger
-from imagen_lightning.cli.main import main
 from imagen_lightning.images import from_pil
 
 PROMPTS = ["a small red star on a white background", "a large blue ring on a black background"]
@@ -70,11 +71,14 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(sys, "argv", ["imagen-lightning"])
-        for kind in STAGES:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        environment |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(sys.path)}
+        for kind in STAGES:  # processes of their own: W&B keeps the settings of a process's first run
             write(kind)
-            assert main(["fit", "--config", f"{kind}.yaml", "--run", f"runs/shop/{kind}"]) == 0
+            command = [sys.executable, "-m", "imagen_lightning", "fit", "--config", f"{kind}.yaml"]
+            command += ["--run", f"runs/shop/{kind}"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
     return {kind: (folder / "runs/shop" / kind, read(folder / "runs/shop" / kind)) for kind in STAGES}
 
 
