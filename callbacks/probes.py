@@ -46,7 +46,7 @@ VERDICT = "verdict.json"
 MIN_TEXT_GAIN = 0.002  # share of the error that true captions must save against shuffled ones, …
 MIN_TEXT_Z = 3.0  # … and in standard errors
 MAX_DENOISING_RATIO = 0.5  # of the error that knowing each channel's mean and variance alone leaves
-MAX_COLOUR_SHIFT = 4.0  # of 255
+MAX_COLOUR_SHIFT = 5.0  # of 255
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Findings:
             if shift > MAX_COLOUR_SHIFT:
                 words.append(
                     f"colour drifts: outputs lie {shift:.1f}/255 from their low-resolution input (below "
-                    f"{MAX_COLOUR_SHIFT:g} is faithful): keep training; with epsilon try v or x0"
+                    f"{MAX_COLOUR_SHIFT:g} is faithful): keep training; if it stays, predict x0, which shifts "
+                    "them least"
                 )
         return words
 
