@@ -55,8 +55,8 @@ class Findings:
 
     Attributes:
         denoising_ratios: (N,) error at LOW_TIMES over that of the best estimate of a pixel from itself.
-        text_gains: (M,) share of the error at HIGH_TIMES that an image's own caption saves against another's; None for
-            a stage without text or captions that are all the same.
+        text_gains: (M,) share of the error at HIGH_TIMES that images' own captions save against others'; None for a
+            stage without text or captions that are all the same.
         colour_shifts: (D,) distance of an output's colours from the low-res input's, of 255; None for a base stage.
     """
 

@@ -16,6 +16,7 @@ import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.loggers import WandbLogger  # isort: skip
 
 from imagen_lightning.callbacks.drawing import (
+    SPLITS,
     DrawingSettings,
     Pictures,
     Split,
@@ -25,13 +26,16 @@ from imagen_lightning.callbacks.drawing import (
     require_stage,
 )
 from imagen_lightning.callbacks.loggers import log_table
-from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
+from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
-from imagen_lightning.callbacks.values import stage_name
+from imagen_lightning.callbacks.values import column, log_values, rewind_values
 from imagen_lightning.components import describe
 from imagen_lightning.files import write_json
 from imagen_lightning.images import grid, save_png, to_pil
+from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.probes import colour_shift
+from imagen_lightning.metrics.protocol import Protocol
+from imagen_lightning.metrics.values import mean_value
 from imagen_lightning.stages import SuperResolutionStage
 from imagen_lightning.types import InputError, Sampler
 
@@ -103,6 +107,7 @@ class SampleGrid(pl.Callback):
         require_stage(trainer, pl_module, "SampleGrid")
         self._schedule.start(trainer, "SampleGrid")
         self._settings.of(pl_module)  # type: ignore[arg-type]
+        rewind_values(trainer)
         if trainer.is_global_zero:
             self._given = self._pictures(trainer, pl_module)
 
@@ -131,14 +136,26 @@ class SampleGrid(pl.Callback):
         return replace(found, captions=list(self.prompts) or found.captions, positions=list(range(len(found))))
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._given is not None:
-            images, averaged = draw(trainer, pl_module, self._given, self._settings)
-            self._write(trainer, pl_module, self._given, images, averaged)
+        if self._given is None:
+            return
+        images, averaged = draw(trainer, pl_module, self._given, self._settings)
+        low_res = self._given.low_res
+        shifts = None if low_res is None else colour_shift(images, low_res)
+        self._write(trainer, pl_module, self._given, images, shifts, averaged)
+        if shifts is not None:
+            self._log_shift(trainer, pl_module, self._given, shifts, averaged)
 
-    def _write(self, trainer: pl.Trainer, stage: Any, given: Pictures, images: Tensor, averaged: bool) -> None:
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        stage: Any,
+        given: Pictures,
+        images: Tensor,
+        shifts: Tensor | None,
+        averaged: bool,
+    ) -> None:
         folder = run_dir(trainer) / FOLDER / f"{trainer.global_step:07d}"
         picture = _grid(stage, given, images)
-        shifts = None if given.low_res is None else colour_shift(images, given.low_res).tolist()
         files = [f"{i:05d}.png" for i in range(len(images))]
         for name, image in zip(files, images):
             save_png(to_pil(image), folder / name)
@@ -155,19 +172,31 @@ class SampleGrid(pl.Callback):
             "num_steps": settings.num_steps,
             "guidance": settings.guidance,
             "aug_level": settings.aug_level,
-            "colour_shifts": shifts,
+            "colour_shifts": None if shifts is None else shifts.tolist(),
             "images": [
                 {"file": name, "caption": caption, "image": position}
                 for name, caption, position in zip(files, given.captions, given.positions)
             ],
         }
         write_json(folder / "samples.json", details)  # last: the folder is complete where it stands
-        if shifts is not None:
-            log_evaluation(trainer, {f"{stage_name(stage)}/samples_colour_shift": sum(shifts) / len(shifts)})
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [picture], step=trainer.global_step)
                 log_table(logger, "samples_table", _table(given, images, shifts), trainer.global_step)
+
+    def _log_shift(self, trainer: pl.Trainer, stage: Any, given: Pictures, shifts: Tensor, averaged: bool) -> None:
+        protocol = Protocol(
+            "colour shift",
+            image_size=stage.image_size,
+            prompts=digest_texts(given.captions),
+            reference=digest_tensors([given.low_res]),  # type: ignore[list-item]
+            reference_name=f"low-resolution {SPLITS[self.split]} images",
+            weights="ema" if averaged else "raw",
+            precision=str(trainer.precision),
+            **self._settings.protocol(stage),
+        )
+        shift = mean_value("colour shift", shifts, protocol)
+        log_values(trainer, {column(stage, "samples colour shift"): shift})
 
 
 def _grid(stage: Any, given: Pictures, images: Tensor) -> Image:
@@ -181,10 +210,10 @@ def _grid(stage: Any, given: Pictures, images: Tensor) -> Image:
     return grid(rows, [""] * (2 * len(images)) + given.captions, cell=cell)
 
 
-def _table(given: Pictures, images: Tensor, shifts: Sequence[float] | None) -> dict[str, Sequence[Any]]:
+def _table(given: Pictures, images: Tensor, shifts: Tensor | None) -> dict[str, Sequence[Any]]:
     """The columns of W&B's table, a caption a row."""
     columns: dict[str, Sequence[Any]] = {"caption": given.captions, "image": [to_pil(image) for image in images]}
     if given.low_res is not None and given.truth is not None and shifts is not None:
         low_res, truth = ([to_pil(image) for image in part] for part in (given.low_res, given.truth))
-        columns |= {"low_res": low_res, "truth": truth, "colour_shift": shifts}
+        columns |= {"low_res": low_res, "truth": truth, "colour_shift": shifts.tolist()}
     return columns

@@ -71,10 +71,12 @@ def _channel_variance(batches: Sequence[Batch]) -> Tensor:
 
 
 def text_gains(stage: Stage, batches: Sequence[Batch], seed: int) -> Tensor:
-    """(M,) float64: what each image's own caption saves against another image's, as a share of the mean error.
+    """(M,) float64, whose mean is what the images' own captions save against others', as a share of the latter's error.
 
     Errors are means over HIGH_TIMES, where text decides most. Each image is given the caption that lies a fixed number
-    of places further on; the M images whose captions differ from their own count.
+    of places further on; the M images whose captions differ from their own count. With true and false errors e and f
+    the gain is g = 1 - mean(e) / mean(f), and an image's number g + ((1 - g) f - e) / mean(f): the spread of these is
+    that of the ratio (the delta method), not that of the images' difficulty.
 
     Args:
         stage, batches, seed: see `x0_errors`; batches without stored text.
@@ -92,7 +94,8 @@ def text_gains(stage: Stage, batches: Sequence[Batch], seed: int) -> Tensor:
     rest = iter(others)
     shuffled = [replace(batch, captions=[next(rest) for _ in batch.captions]) for batch in batches]
     true, false = (x0_errors(stage, part, HIGH_TIMES, seed).mean(1)[changed] for part in (batches, shuffled))
-    return (false - true) / false.mean()
+    gain = 1 - true.mean() / false.mean()
+    return gain + ((1 - gain) * false - true) / false.mean()
 
 
 def z_score(numbers: Tensor) -> float:

@@ -125,7 +125,36 @@ def test_what_captions_save():
     others = values[1:] + values[:1]  # the first rotation that changes every caption
     true = torch.tensor([(x - x / 2) ** 2 for x in values], dtype=torch.float64)
     false = torch.tensor([(x - y / 2) ** 2 for x, y in zip(values, others)], dtype=torch.float64)
-    assert torch.allclose(gains, (false - true) / false.mean(), rtol=1e-5)
+    assert float(gains.mean()) == pytest.approx(1 - float(true.mean() / false.mean()), rel=1e-5)
+
+
+def test_the_standard_error_of_what_captions_save_is_the_jackknifes():
+    num = 128
+    numbers = torch.randint(256, (num,), generator=torch.Generator().manual_seed(0)).tolist()
+    values = [number / 127.5 - 1 for number in numbers]
+    stage = Stage(lambda x_t, t, numbers: (0.5 * (numbers / 127.5 - 1)).expand_as(x_t))
+    captions = [str(number) for number in numbers]
+    gains = text_gains(stage, batches_of(levels(numbers), captions), seed=0)
+    places = next(k for k in range(1, num) if all(a != b for a, b in zip(captions, captions[k:] + captions[:k])))
+    true = torch.tensor([(x - x / 2) ** 2 for x in values], dtype=torch.float64)
+    false = torch.tensor([(x - values[(i + places) % num] / 2) ** 2 for i, x in enumerate(values)], dtype=torch.float64)
+    others = torch.eye(num, dtype=torch.float64) == 0
+    left_out = torch.stack([1 - true[rows].mean() / false[rows].mean() for rows in others])
+    jackknife = ((num - 1) / num * (left_out - left_out.mean()).square().sum()).sqrt()
+    assert len(gains) == num
+    assert float(gains.std()) / num**0.5 == pytest.approx(float(jackknife), rel=0.02)
+
+
+def test_the_spread_of_what_captions_save_is_that_of_the_ratio():
+    """Images of very different difficulty, all twice as far off with a wrong caption: the gain is surely 3/4."""
+    images = levels([3, 60, 7, 90, 20, 127])
+
+    def estimate(x_t, t, numbers):
+        wrong = (numbers != torch.arange(6.0)[:, None, None, None]).float()
+        return to_float(images) * (2 + wrong)
+
+    gains = text_gains(Stage(estimate), batches_of(images, [str(i) for i in range(6)], size=6), seed=0)
+    assert gains.tolist() == pytest.approx([0.75] * 6, rel=1e-5)
 
 
 def test_equal_captions_do_not_count():
