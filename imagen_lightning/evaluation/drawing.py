@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,9 +196,23 @@ class Drawing:
         def only(value: Any) -> list[Any]:
             return [value if place == number else None for place in range(len(every))]
 
+        missing = [rows for rows in self._batches() if self._missing(name, rows)]
+        if missing:
+            with _alone(self.folder / f".{name}-{self.part.rank}.lock"):
+                self._draw_batches(missing, name, number, setting, given, only)
+
+    def _draw_batches(
+        self,
+        batches: Sequence[slice],
+        name: str,
+        number: int,
+        setting: StageSettings,
+        given: Tensor | None,
+        only: Callable[[Any], list[Any]],
+    ) -> None:
         device = self.cascade.device
-        for rows in self._batches():
-            if not self._missing(name, rows):
+        for rows in batches:
+            if not self._missing(name, rows):  # another evaluation drew it meanwhile
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -238,6 +254,15 @@ class Drawing:
         seconds = sum(cost["seconds"] for cost in costs) / total if total else float("nan")
         memory = max((cost["peak_memory_bytes"] for cost in costs), default=0)
         return Drawn(torch.stack(images), given, folder, seconds, memory)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other evaluation that keeps its images in the same folder draws the same ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _peak_memory(device: torch.device) -> int:

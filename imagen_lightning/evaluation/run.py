@@ -34,7 +34,7 @@ from imagen_lightning.files import write_json
 from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
-_FREE = ("device", "batch_size", "command", "save_best", "trust")  # what may differ when an evaluation goes on
+_FREE = ("device", "batch_size", "command", "save_best", "trust", "samples")  # what may differ when an evaluation goes on
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Request:
     save_best: str | None = None
     trust: tuple[str, ...] = ()
     command: str = ""
+    samples: Path | None = None  # where images are kept and found; OUT/samples where it is None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
         drawing = Drawing(
             cascade,
             data,
-            out / "samples",
+            out / "samples" if request.samples is None else request.samples,
             identity=identity,
             seed=request.seed,
             batch_size=request.batch_size,
@@ -107,14 +108,14 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
         matrix = run_matrix(drawing, chosen[0], measurer)
         rows, verdict, measured = matrix.rows, matrix.verdict, [measurer.measure(drawing, whole[0])]
         for chain in chains(chosen[0]):
-            _picture(drawing, chain)
+            _picture(drawing, chain, out)
     else:
         measured = [measurer.measure(drawing, chain) for chain in whole]
         rows = [row_of(drawing, chain, item) for chain, item in zip(whole, measured)]
         verdict = _sweep_verdict(rows, measured, measurer)
         rows += [row for row, item in zip(rows, measured) for row in _categories(data, row, item)]
         for chain in whole:
-            _picture(drawing, chain)
+            _picture(drawing, chain, out)
     best = None
     if request.save_best is not None:
         best = _save_best(cascade, request, chosen, rows, measured, measurer)
@@ -286,9 +287,9 @@ def _draw(drawing: Drawing, wanted: Sequence[Chain]) -> None:
             drawing.draw(chain)
 
 
-def _picture(drawing: Drawing, chain: Chain) -> None:
+def _picture(drawing: Drawing, chain: Chain, out: Path) -> None:
     drawn = drawing.draw(chain)
-    save_picture(drawn, drawing.data.captions, drawn.folder.with_name(f"{drawn.folder.name}.png"))
+    save_picture(drawn, drawing.data.captions, out / "samples" / f"{drawn.folder.name}.png")
 
 
 def _sweep_verdict(rows: Sequence[Row], measured: Sequence[Measured], measurer: Measurer) -> str:

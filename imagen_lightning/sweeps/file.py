@@ -227,7 +227,7 @@ def _parameters(content: Any, path: tuple[str, ...]) -> Iterator[Parameter]:
 
 
 def _distribution(where: str, entry: Mapping[str, Any]) -> Distribution:
-    name = entry.get("distribution", _implied(where, entry))
+    name = entry["distribution"] if "distribution" in entry else _implied(where, entry)
     if name not in _DISTRIBUTIONS:
         raise InputError(f"{where}: distribution {name!r} is not supported; use {', '.join(_DISTRIBUTIONS)}")
     keys, make = _DISTRIBUTIONS[name]
