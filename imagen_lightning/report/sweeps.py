@@ -1,0 +1,408 @@
+"""The part of a report on a sweep: its trials as a table and as lines, what mattered, and what seeds alone do."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagen_lightning.errors import InputError, counted
+from imagen_lightning.report import figures
+from imagen_lightning.report.differences import words
+from imagen_lightning.report.markup import Html, element, number
+from imagen_lightning.report.page import Cell, Column, Page, Section, bullets, details, notice, table
+from imagen_lightning.report.runs import Problems
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from optuna.study import Study
+
+INFO = "sweep.json"
+SEEDS = ("seed", "seed_everything", "model.init_args.seed", "data.init_args.seed")
+LEAST_FOR_IMPORTANCE = 4
+_MOST_LINES = 500  # trials in the parallel coordinates
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial.
+
+    Attributes:
+        number: in the study.
+        state: "finished", "pruned", "failed" or "not finished".
+        value: the metric's last one, None where there is none.
+        values: every parameter's, by name.
+        folder: its run folder.
+        seconds: that its processes took.
+        problem: what went wrong, None where nothing did.
+    """
+
+    number: int
+    state: str
+    value: float | None
+    values: Mapping[str, Any]
+    folder: Path
+    seconds: float | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class FoundSweep:
+    """A sweep's study.
+
+    Attributes:
+        folder: of the sweep.
+        name: for people.
+        metric: its name.
+        maximize: whether more is better.
+        study: the storage's address.
+        trials: by number.
+        importance: of parameters, sums to 1; {} where too little is known.
+    """
+
+    folder: Path
+    name: str
+    metric: str
+    maximize: bool
+    study: str
+    trials: Sequence[Tried]
+    importance: Mapping[str, float]
+
+    @property
+    def finished(self) -> list[Tried]:
+        """Finished trials, the best first."""
+        found = [trial for trial in self.trials if trial.state == "finished" and trial.value is not None]
+        return sorted(found, key=lambda trial: (-trial.value if self.maximize else trial.value, trial.number))
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters that differ between trials."""
+        every = dict.fromkeys(name for trial in self.trials for name in trial.values)
+        return [
+            name for name in every if len({json.dumps(trial.values.get(name), sort_keys=True) for trial in self.trials}) > 1
+        ]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (folder / INFO).is_file()
+
+
+def read_sweep(folder: Path, problems: Problems) -> FoundSweep | None:
+    """A sweep from its study; None where that cannot be read, which is noted."""
+    import optuna
+
+    from imagen_lightning.sweeps.folder import STUDY, read_info
+    from imagen_lightning.sweeps.search import storage_of
+
+    try:
+        info = read_info(folder) or {}
+        address = str(info["study"])
+        if address.endswith(f"/{STUDY}") and (folder / STUDY).exists():
+            address = f"sqlite:///{(folder / STUDY).absolute()}"  # of a folder that was moved
+        if "://" not in address and not Path(address).exists():
+            raise InputError(f"there is no journal {address}")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.load_study(study_name=str(info["name"]), storage=storage_of(address))
+    except (InputError, KeyError) as error:
+        problems.add(folder / INFO, f"its study cannot be read: {error}")
+        return None
+    trials = [_tried(trial, folder) for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get("surplus")]
+    metric = str(info.get("metric") or (study.metric_names or ["metric"])[0])
+    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+    return FoundSweep(folder, str(info["name"]), metric, maximize, address, trials, _importance(study))
+
+
+def _tried(trial: Any, folder: Path) -> Tried:
+    states = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+    state = states.get(trial.state.name, "not finished")
+    value = trial.value if state == "finished" else None
+    if value is None and trial.intermediate_values:
+        value = trial.intermediate_values[max(trial.intermediate_values)]
+    place = folder / "trials" / f"{trial.number:04d}"
+    return Tried(
+        trial.number,
+        state,
+        value if value is not None and math.isfinite(value) else None,
+        trial.user_attrs.get("values", trial.params),
+        place if place.exists() else Path(trial.user_attrs.get("folder", place)),
+        trial.user_attrs.get("seconds"),
+        trial.user_attrs.get("problem"),
+    )
+
+
+def _importance(study: Study) -> dict[str, float]:
+    """Shares of the metric's variance among the finished trials (functional ANOVA by PED-ANOVA, Watanabe et al. 2023)."""
+    import optuna
+
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    differing = {name for trial in complete for name in trial.params} and {
+        name for name in complete[0].params if len({repr(trial.params.get(name)) for trial in complete}) > 1
+    }
+    if len(complete) < LEAST_FOR_IMPORTANCE or not differing or len({trial.value for trial in complete}) < 2:
+        return {}
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(differing)))
+
+
+# ---- the page
+
+
+def add(page: Page, sweeps: Sequence[FoundSweep]) -> None:
+    """Adds a section for each sweep."""
+    for sweep in sweeps:
+        section = page.section(f"Sweep {sweep.name}" if len(sweeps) > 1 else "Sweep", f"sweep-{sweep.name}")
+        states = {state: sum(trial.state == state for trial in sweep.trials) for state in _STATES}
+        told = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+        better = "more" if sweep.maximize else "less"
+        section.add(
+            element("p", f"{counted(len(sweep.trials), 'trial')}: {told}. {sweep.metric}: {better} is better.", class_="hint")
+        )
+        for sentence in verdict(sweep):
+            section.add(notice(sentence, "verdict"))
+        if len(sweep.finished) > 1 and sweep.names:
+            section.figure(parallel(sweep), "Trials", "A line a trial, coloured by the metric; drag along an axis to select.")
+        if sweep.importance:
+            section.figure(
+                importance(sweep),
+                "What mattered",
+                "Share of the metric's spread that a parameter alone explains among finished trials (PED-ANOVA).",
+                height=80 + 40 * len(sweep.importance),
+            )
+        _groups_table(section, sweep)
+        section.add(_trials_table(sweep))
+        failed = [trial for trial in sweep.trials if trial.problem]
+        if failed:
+            lines = [element("span", f"trial {trial.number}: ", element("pre", trial.problem)) for trial in failed]
+            section.add(details(f"{counted(len(failed), 'trial')} failed", bullets(lines)))
+
+
+_STATES = ("finished", "pruned", "failed", "not finished")
+
+
+def parallel(sweep: FoundSweep) -> go.Figure:
+    """Parallel coordinates of finished trials."""
+    import plotly.graph_objects as go
+
+    trials = sweep.finished[:_MOST_LINES]
+    values = [trial.value for trial in trials]
+    dimensions = [_axis(name, [trial.values.get(name) for trial in trials]) for name in sweep.names]
+    dimensions.append({"label": figures.plain(sweep.metric), "values": values})
+    line = {"color": values, "colorscale": "Viridis", "reversescale": not sweep.maximize, "showscale": False}
+    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-12))
+    figure.update_layout(template="none", margin={"l": 90, "r": 60, "t": 70, "b": 25})
+    return figure
+
+
+def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    label = figures.plain(short(name))
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        low, high = min(values), max(values)
+        if low > 0 and high > 20 * low:
+            ticks = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            return {
+                "label": f"{label} (log)",
+                "values": [math.log10(value) for value in values],
+                "tickvals": list(ticks),
+                "ticktext": [f"1e{tick}" for tick in ticks],
+            }
+        return {"label": label, "values": list(values)}
+    texts = [_text(value) for value in values]
+    kinds = sorted(set(texts))
+    return {
+        "label": label,
+        "values": [kinds.index(text) for text in texts],
+        "tickvals": list(range(len(kinds))),
+        "ticktext": [figures.plain(kind) for kind in kinds],
+    }
+
+
+def importance(sweep: FoundSweep) -> go.Figure:
+    """Bars of the parameters' importance."""
+    import plotly.graph_objects as go
+
+    figure = figures.empty("share", named=False)
+    items = sorted(sweep.importance.items(), key=lambda item: item[1])
+    names = [figures.plain(short(name)) for name, _ in items]
+    figure.add_trace(go.Bar(x=[share for _, share in items], y=names, orientation="h", marker={"color": "#3b82f6"}))
+    figure.update_yaxes(type="category")
+    figure.update_xaxes(range=[0, 1])
+    return figure
+
+
+def short(name: str) -> str:
+    """The last parts of a parameter's name that say something."""
+    parts = [part for part in name.split(".") if part not in ("init_args", "model")]
+    return ".".join(parts[-2:])
+
+
+def _text(value: Any) -> str:
+    return words(value) if not isinstance(value, dict) else words(value.get("class_path", json.dumps(value)))
+
+
+def _trials_table(sweep: FoundSweep) -> Html:
+    head = [
+        Column("Trial", numeric=True),
+        Column(sweep.metric, "The last value that was logged", numeric=True),
+        *(Column(short(name), name) for name in sweep.names),
+        Column("State"),
+        Column("Seconds", numeric=True),
+        Column("Folder"),
+    ]
+    rest = [trial for trial in sweep.trials if trial not in sweep.finished]
+    rows = [
+        [
+            Cell(str(trial.number), trial.number),
+            Cell(number(trial.value), trial.value),
+            *(_cell(trial.values.get(name)) for name in sweep.names),
+            Cell(trial.state, trial.state, trial.problem),
+            trial.seconds,
+            element("code", trial.folder.name),
+        ]
+        for trial in [*sweep.finished, *rest]
+    ]
+    return table(head, rows, caption="Trials, the best first")
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(number(float(value)), float(value))
+    return Cell(_text(value), _text(value))
+
+
+# ---- what seeds alone do
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished trials that differ by their seeds alone.
+
+    Attributes:
+        values: of the parameters but the seeds.
+        metric: of each trial.
+        half: half of the 95% confidence interval of the mean, by Student's t; None for one trial.
+    """
+
+    values: Mapping[str, Any]
+    metric: Sequence[float]
+    half: float | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.metric)
+
+
+def groups(sweep: FoundSweep) -> list[Group]:
+    """Settings with their seeds, the best mean first; [] where no setting was tried with two seeds."""
+    from scipy import stats
+
+    found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for trial in sweep.finished:
+        settings = {name: trial.values.get(name) for name in sweep.names if name not in SEEDS}
+        assert trial.value is not None
+        found.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(trial.value)
+    if not any(len(values) > 1 for _, values in found.values()):
+        return []
+    made = []
+    for settings, values in found.values():
+        half = None
+        if len(values) > 1:
+            half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        made.append(Group(settings, values, half))
+    return sorted(made, key=lambda group: -group.mean if sweep.maximize else group.mean)
+
+
+def difference(one: Group, other: Group) -> tuple[float, float] | None:
+    """The 95% interval of the difference of two means by Welch's t test, None for a setting with one seed."""
+    from scipy import stats
+
+    if len(one.metric) < 2 or len(other.metric) < 2:
+        return None
+    gap = one.mean - other.mean
+    parts = [statistics.variance(group.metric) / len(group.metric) for group in (one, other)]
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return gap, gap
+    freedom = error**4 / sum(
+        part**2 / (len(group.metric) - 1) for part, group in zip(parts, (one, other))
+    )
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    return gap - half, gap + half
+
+
+def within(one: Group, other: Group) -> bool | None:
+    """Whether a difference may be the seeds'; None where that cannot be said."""
+    interval = difference(one, other)
+    return None if interval is None else interval[0] <= 0 <= interval[1]
+
+
+def verdict(sweep: FoundSweep) -> list[str]:
+    """What the sweep found, and whether the seeds explain it."""
+    finished = sweep.finished
+    if not finished:
+        return []
+    best = finished[0]
+    made = [f"best {sweep.metric}: {number(best.value)}, trial {best.number} ({_settings(best.values, sweep.names)})"]
+    ranked = groups(sweep)
+    if len(ranked) > 1:
+        first, second = ranked[:2]
+        names = [name for name in sweep.names if name not in SEEDS]
+        said = (
+            f"best mean over seeds: {number(first.mean)}{_plus(first)} at {_settings(first.values, names)}; "
+            f"next {number(second.mean)}{_plus(second)} at {_settings(second.values, names)}: "
+        )
+        same = [group for group in ranked[1:] if within(first, group)]
+        verdicts = {
+            None: "a setting with one seed cannot be compared",
+            True: "the difference is within the seeds' spread",
+            False: "the difference is beyond the seeds' spread",
+        }
+        said += verdicts[within(first, second)]
+        if len(same) > 1:
+            said += f", as is that of {len(same) - 1} more"
+        made.append(said)
+    return made
+
+
+def _plus(group: Group) -> str:
+    return "" if group.half is None else f" ± {number(group.half, 2)}"
+
+
+def _settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{short(name)} {_text(values.get(name))}" for name in names) or "as it is"
+
+
+def _groups_table(section: Section, sweep: FoundSweep) -> None:
+    ranked = groups(sweep)
+    if not ranked:
+        return
+    names = [name for name in sweep.names if name not in SEEDS]
+    head = [
+        *(Column(short(name), name) for name in names),
+        Column(f"Mean {sweep.metric}", numeric=True),
+        Column("± 95%", "Half of the mean's confidence interval by Student's t", numeric=True),
+        Column("Least", numeric=True),
+        Column("Most", numeric=True),
+        Column("Seeds", numeric=True),
+        Column("From the best", "Welch's t test at 95%"),
+    ]
+    told = {None: "one seed: cannot be said", True: "within the seeds' spread", False: "beyond the seeds' spread"}
+    rows = [
+        [
+            *(_cell(group.values.get(name)) for name in names),
+            group.mean,
+            group.half,
+            min(group.metric),
+            max(group.metric),
+            len(group.metric),
+            "the best" if group is ranked[0] else told[within(ranked[0], group)],
+        ]
+        for group in ranked
+    ]
+    if not names:
+        head, rows = [Column("Setting"), *head], [["all", *row] for row in rows]
+    section.add(table(head, rows, caption="Settings over their seeds"))
