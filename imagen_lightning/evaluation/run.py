@@ -34,7 +34,14 @@ from imagen_lightning.files import write_json
 from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
-_FREE = ("device", "batch_size", "command", "save_best", "trust", "samples")  # what may differ when an evaluation goes on
+_FREE = (
+    "device",
+    "batch_size",
+    "command",
+    "save_best",
+    "trust",
+    "samples",
+)  # what may differ when an evaluation goes on
 
 
 @dataclass(frozen=True)

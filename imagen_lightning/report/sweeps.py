@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 INFO = "sweep.json"
 SEEDS = ("seed", "seed_everything", "model.init_args.seed", "data.init_args.seed")
 LEAST_FOR_IMPORTANCE = 4
-_MOST_LINES = 500  # trials in the parallel coordinates
+_MOST_LINES = 200  # trials in the parallel coordinates
+_FEW = 6  # values of which each is a tick
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,18 @@ class FoundSweep:
     @property
     def finished(self) -> list[Tried]:
         """Finished trials, the best first."""
-        found = [trial for trial in self.trials if trial.state == "finished" and trial.value is not None]
-        return sorted(found, key=lambda trial: (-trial.value if self.maximize else trial.value, trial.number))
+        found = [(trial, trial.value) for trial in self.trials if trial.state == "finished" and trial.value is not None]
+        sign = -1 if self.maximize else 1
+        return [trial for trial, _ in sorted(found, key=lambda pair: (sign * pair[1], pair[0].number))]
 
     @property
     def names(self) -> list[str]:
         """Parameters that differ between trials."""
         every = dict.fromkeys(name for trial in self.trials for name in trial.values)
         return [
-            name for name in every if len({json.dumps(trial.values.get(name), sort_keys=True) for trial in self.trials}) > 1
+            name
+            for name in every
+            if len({json.dumps(trial.values.get(name), sort_keys=True) for trial in self.trials}) > 1
         ]
 
 
@@ -111,7 +115,9 @@ def read_sweep(folder: Path, problems: Problems) -> FoundSweep | None:
     except (InputError, KeyError) as error:
         problems.add(folder / INFO, f"its study cannot be read: {error}")
         return None
-    trials = [_tried(trial, folder) for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get("surplus")]
+    trials = [
+        _tried(trial, folder) for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get("surplus")
+    ]
     metric = str(info.get("metric") or (study.metric_names or ["metric"])[0])
     maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     return FoundSweep(folder, str(info["name"]), metric, maximize, address, trials, _importance(study))
@@ -160,12 +166,18 @@ def add(page: Page, sweeps: Sequence[FoundSweep]) -> None:
         told = ", ".join(f"{count} {state}" for state, count in states.items() if count)
         better = "more" if sweep.maximize else "less"
         section.add(
-            element("p", f"{counted(len(sweep.trials), 'trial')}: {told}. {sweep.metric}: {better} is better.", class_="hint")
+            element(
+                "p",
+                f"{counted(len(sweep.trials), 'trial')}: {told}. {sweep.metric}: {better} is better.",
+                class_="hint",
+            )
         )
         for sentence in verdict(sweep):
             section.add(notice(sentence, "verdict"))
         if len(sweep.finished) > 1 and sweep.names:
-            section.figure(parallel(sweep), "Trials", "A line a trial, coloured by the metric; drag along an axis to select.")
+            section.figure(
+                parallel(sweep), "Trials", "A line a trial, the best one strong and dark; the pointer tells its values."
+            )
         if sweep.importance:
             section.figure(
                 importance(sweep),
@@ -185,40 +197,84 @@ _STATES = ("finished", "pruned", "failed", "not finished")
 
 
 def parallel(sweep: FoundSweep) -> go.Figure:
-    """Parallel coordinates of finished trials."""
+    """Parallel coordinates of finished trials: an upright axis a parameter and one for the metric, a line a trial.
+
+    Lines of a plain figure, since plotly's own parallel coordinates need WebGL, which not every browser has.
+    """
     import plotly.graph_objects as go
+    from plotly.colors import sample_colorscale
 
     trials = sweep.finished[:_MOST_LINES]
-    values = [trial.value for trial in trials]
-    dimensions = [_axis(name, [trial.values.get(name) for trial in trials]) for name in sweep.names]
-    dimensions.append({"label": figures.plain(sweep.metric), "values": values})
-    line = {"color": values, "colorscale": "Viridis", "reversescale": not sweep.maximize, "showscale": False}
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-12))
-    figure.update_layout(template="none", margin={"l": 90, "r": 60, "t": 70, "b": 25})
+    axes = [_axis(short(name), [trial.values.get(name) for trial in trials]) for name in sweep.names]
+    axes.append(_axis(sweep.metric, [trial.value for trial in trials]))
+    figure = figures.empty("", named=False)
+    shades = sample_colorscale("Viridis", [place / max(1, len(trials) - 1) for place in range(len(trials))])
+    for place in reversed(range(len(trials))):  # the best on top
+        trial = trials[place]
+        told = [f"trial {trial.number}: {sweep.metric} {number(trial.value)}"]
+        told += [f"{short(name)} {_text(trial.values.get(name))}" for name in sweep.names]
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(len(axes))),
+                y=[axis.heights[place] for axis in axes],
+                mode="lines+markers",
+                line={"color": shades[place], "width": 3 if place == 0 else 1.5},
+                marker={"size": 4},
+                opacity=1.0 if place == 0 else 0.7,
+                hovertext="<br>".join(map(figures.plain, told)),
+                hoverinfo="text",
+                showlegend=False,
+            )
+        )
+    for place, axis in enumerate(axes):
+        figure.add_shape(type="line", x0=place, x1=place, y0=0, y1=1, line={"color": "#8a8f98", "width": 1})
+        for height, text in axis.ticks:
+            figure.add_annotation(
+                x=place,
+                y=height,
+                text=figures.plain(text),
+                showarrow=False,
+                xanchor="left",
+                xshift=6,
+                font={"size": 11},
+            )
+    labels = [figures.plain(axis.label) for axis in axes]
+    figure.update_xaxes(
+        tickvals=list(range(len(axes))), ticktext=labels, side="top", showgrid=False, range=[-0.15, len(axes) - 0.6]
+    )
+    figure.update_yaxes(visible=False, range=[-0.06, 1.06])
+    figure.update_layout(margin={"l": 20, "r": 60, "t": 40, "b": 10})
     return figure
 
 
-def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    label = figures.plain(short(name))
+@dataclass(frozen=True)
+class Axis:
+    """One upright axis: heights of the trials and of the ticks, from 0 to 1."""
+
+    label: str
+    heights: Sequence[float]
+    ticks: Sequence[tuple[float, str]]
+
+
+def _axis(label: str, values: Sequence[Any]) -> Axis:
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         low, high = min(values), max(values)
-        if low > 0 and high > 20 * low:
-            ticks = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            return {
-                "label": f"{label} (log)",
-                "values": [math.log10(value) for value in values],
-                "tickvals": list(ticks),
-                "ticktext": [f"1e{tick}" for tick in ticks],
-            }
-        return {"label": label, "values": list(values)}
+        if low > 0 and high > 300 * low:
+            logs = [math.log10(value) for value in values]
+            span = max(logs) - min(logs)
+            ticks = [math.ceil(min(logs) - 1e-9) + step for step in range(int(span) + 1)]
+            places = [((tick - min(logs)) / span, f"1e{tick}") for tick in ticks if tick <= max(logs) + 1e-9]
+            return Axis(f"{label} (log)", [(log - min(logs)) / span for log in logs], places)
+        span = high - low
+        heights = [(value - low) / span if span else 0.5 for value in values]
+        kinds = sorted(set(values))
+        if len(kinds) <= _FEW:
+            return Axis(label, heights, [((kind - low) / span if span else 0.5, number(float(kind))) for kind in kinds])
+        return Axis(label, heights, [(step / 4, number(float(f"{low + span * step / 4:.3g}"))) for step in range(5)])
     texts = [_text(value) for value in values]
-    kinds = sorted(set(texts))
-    return {
-        "label": label,
-        "values": [kinds.index(text) for text in texts],
-        "tickvals": list(range(len(kinds))),
-        "ticktext": [figures.plain(kind) for kind in kinds],
-    }
+    names = sorted(set(texts))
+    last = max(1, len(names) - 1)
+    return Axis(label, [names.index(text) / last for text in texts], [(n / last, name) for n, name in enumerate(names)])
 
 
 def importance(sweep: FoundSweep) -> go.Figure:
@@ -327,9 +383,7 @@ def difference(one: Group, other: Group) -> tuple[float, float] | None:
     error = math.sqrt(sum(parts))
     if error == 0:
         return gap, gap
-    freedom = error**4 / sum(
-        part**2 / (len(group.metric) - 1) for part, group in zip(parts, (one, other))
-    )
+    freedom = error**4 / sum(part**2 / (len(group.metric) - 1) for part, group in zip(parts, (one, other)))
     half = float(stats.t.ppf(0.975, freedom)) * error
     return gap - half, gap + half
 

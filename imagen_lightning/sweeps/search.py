@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -296,7 +297,9 @@ def open_study(sweep: SweepFile, address: str, bayes: str = "tpe", seed: int = 0
     found = study.user_attrs.get(CONTENT)
     if found is None:
         study.set_user_attr(CONTENT, content)
-        study.set_metric_names([sweep.metric.name])
+        with warnings.catch_warnings():  # it calls the dashboard's names experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([sweep.metric.name])
     elif found != content:
         raise InputError(
             f"study {sweep.name!r} of {address} was begun with {_differing(found, content)} otherwise; give the sweep "

@@ -1,4 +1,4 @@
-"""Sweeps of this package's own verbs: a tiny stage is trained, a tiny cascade is evaluated; and W&B's agent's folders."""
+"""Sweeps of this package's own verbs: a tiny stage is trained, a tiny cascade evaluated; and the agent's folders."""
 
 import json
 import signal

@@ -155,9 +155,7 @@ def test_it_stops_what_wandb_stops():
             ]
             theirs = {run.name for run in sweeps.stop_runs(config, runs)}
             eta = early.get("eta", 3)
-            bands = (
-                tuple(early["min_iter"] * eta**k for k in range(6)) if "min_iter" in early else (1, 3)
-            )
+            bands = tuple(early["min_iter"] * eta**k for k in range(6)) if "min_iter" in early else (1, 3)
             rule = Hyperband(bands, float(eta), early.get("strict", True))
             signed = [[-v if goal == "maximize" else v for v in history] for history in histories]
             assert {str(n) for n, history in enumerate(signed) if stops(rule, history, signed)} == theirs

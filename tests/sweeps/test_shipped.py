@@ -1,4 +1,4 @@
-"""Shipped sweep files and overlays: W&B's schema, values that arrive where their names point, combinations, refusals."""
+"""Shipped sweep files and overlays: W&B's schema, values that arrive where names point, combinations, refusals."""
 
 import re
 import sys
@@ -17,9 +17,7 @@ from imagen_lightning.sweeps.file import read_sweep
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
 OVERLAYS = sorted((EXPERIMENTS / "overlays").glob("*.yaml"))
-STAGES = sorted(
-    path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name not in ("sweeps", "overlays")
-)
+STAGES = sorted(path for path in EXPERIMENTS.rglob("*.yaml") if path.parent.name not in ("sweeps", "overlays"))
 
 
 def identity(path):
@@ -86,7 +84,7 @@ def test_a_head_says_what_it_takes_and_gives(path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=identity)
 def test_the_schema_of_wandb(path):
-    """W&B's own check of sweep files is in its package `sweeps` (wandb[sweeps]); wandb alone leaves it to the server."""
+    """W&B's own check is in its package `sweeps` (wandb[sweeps]); wandb alone leaves it to the server."""
     config = pytest.importorskip("sweeps.config", reason="W&B's package of sweeps (wandb[sweeps]) is not installed")
     assert config.schema_violations_from_proposed_config(yaml.safe_load(path.read_text())) == []
 
@@ -114,7 +112,11 @@ def misspelt(tmp_path, **parameters):
         ({"trainer.max_step": {"value": 3}}, "max_steps"),
         ({"ema": {"parameters": {"decy": {"value": 0.5}}}}, "decy"),
         (
-            {"model.init_args.diffusion.parametrization": {"values": ["imagen_lightning.diffusion.V", "imagen_lightning.diffusion.W"]}},
+            {
+                "model.init_args.diffusion.parametrization": {
+                    "values": ["imagen_lightning.diffusion.V", "imagen_lightning.diffusion.W"]
+                }
+            },
             "'imagen_lightning.diffusion.W' does not exist",
         ),
     ],
