@@ -1,14 +1,17 @@
 """What stored text states take, and what float16 and int8 change in them and in a trained stage's validation loss.
 
-    python benchmarks/text_states.py [--data ../shared/data] [--steps 400] [--features 512] [--out FILE.json]
+    python benchmarks/text_states.py [--data ../shared/data] [--steps 400] [--features 512] [--rounds 5]
+        [--out FILE.json]
 
-No trained T5 is at hand: the encoder is a random T5 v1.1 (two layers) with the published tokenizer. Three parts:
+No trained T5 is at hand: the encoder is a random T5 v1.1 (two layers) with the published tokenizer. Four parts:
 
 - bytes a caption with D = 4096 (T5-XXL), from the captions' own lengths in tokens, for each folder of shards;
 - relative error of the stored states, root mean square over all of a folder's states;
 - validation loss of a small base stage, trained with the live encoder on pixel art of 32 px, when it is given the live
   states, those stored in float16 and int8, and, to show what the text is worth to it, another sample's states. The
-  noise and times of the validation are the same each time.
+  noise and times of the validation are the same each time;
+- training steps a second of that stage with a random T5 v1.1 of the base size (768 features, 12 layers) in the loop,
+  and with its states stored in float16, in turns.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ FOLDERS = {  # name to the json field of the captions
 TRAINED_ON, SIZE, BATCH = "dcss-tiles-32", 32, 32
 
 
-def random_t5(folder: Path, tokenizer: Path, features: int) -> T5TextEncoder:
+def random_t5(folder: Path, tokenizer: Path, features: int, num_layers: int = 2) -> T5TextEncoder:
     """A T5 v1.1 of random weights, as transformers initialises them."""
     import transformers
 
@@ -56,7 +59,7 @@ def random_t5(folder: Path, tokenizer: Path, features: int) -> T5TextEncoder:
         d_model=features,
         d_kv=64,
         d_ff=2 * features,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=max(1, features // 64),
         feed_forward_proj="gated-gelu",
     )
@@ -134,6 +137,42 @@ def data(folder: Path, states: Path | None = None) -> LaionDataModule:
     )
 
 
+def steps_per_second(
+    encoder: T5TextEncoder, folder: Path, states: Path, rounds: int, steps: int = 3
+) -> dict[str, float]:
+    """Medians over turns of some steps each: with the encoder in the loop, and with its stored states."""
+    import statistics
+    import time
+    from collections.abc import Callable
+
+    def steps_of(module: LaionDataModule) -> Callable[[], float]:
+        stage = make_stage(BaseStage, encoder)
+        optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-4, fused=True)
+        module.setup("fit")
+        batches = iter(module.train_dataloader())
+
+        def run() -> float:
+            start = time.perf_counter()
+            for _ in range(steps):
+                batch = next(batches)
+                optimizer.zero_grad()
+                x0, conditioning = stage.condition(batch, 0, training=True)
+                losses, _ = stage.diffusion_loss(x0, conditioning, batch.positions, 0)
+                losses.mean().backward()
+                optimizer.step()
+            return steps / (time.perf_counter() - start)
+
+        run()
+        return run
+
+    runs = {"T5 in the loop": steps_of(data(folder)), "stored states": steps_of(data(folder, states))}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            rates[name].append(run())
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
 def validation_loss(stage: BaseStage, module: LaionDataModule) -> float:
     return float(trainer(1).validate(stage, module, verbose=False)[0]["val/loss"])
 
@@ -144,6 +183,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=shared, help="folder of the shards' folders and the tokenizer")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--features", type=int, default=512, help="of the random T5, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=12, help="of the T5 whose time is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the measured steps")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -175,6 +216,12 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     losses |= {dtype: validation_loss(stage, data(folder, states)) for dtype, states in stored.items()}
     losses["another caption's"] = validation_loss(shifted, data(folder))
     figures["val_loss"] = losses
+
+    features = 768 if arguments.layers == 12 else arguments.features
+    tokenizer = arguments.data / "tokenizers" / "t5-v1_1"
+    larger = random_t5(scratch / "t5-base", tokenizer, features, arguments.layers)
+    Embedding(open_shards(str(folder)), scratch / "larger", larger, Settings(dtype="float16")).run(progress=False)
+    figures["steps_per_second"] = steps_per_second(larger, folder, scratch / "larger", arguments.rounds)
     return figures
 
 
@@ -196,6 +243,9 @@ def show(figures: dict[str, Any]) -> None:
     for name, loss in figures["val_loss"].items():
         error = figures["relative_rms_error"].get(name)
         print(f"| {name} | {'' if error is None else f'{error:.2%}'} | {loss:.6f} | {loss / live - 1:+.4%} |")
+    print("\n| text | steps/s |\n| --- | --- |")
+    for name, rate in figures["steps_per_second"].items():
+        print(f"| {name} | {rate:.2f} |")
 
 
 if __name__ == "__main__":

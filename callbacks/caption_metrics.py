@@ -25,6 +25,8 @@ class CLIPScore(SampledMetric):
         **options: see SampledMetric.
     """
 
+    metric = "CLIP score"
+
     def __init__(self, clip: ClipFeatures, **options: Any) -> None:
         super().__init__(**options)
         self.clip = clip
@@ -34,13 +36,15 @@ class CLIPScore(SampledMetric):
         self.clip.resize_filter  # noqa: B018
         self.clip.text_features(given.captions[:1], given.device)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
         scores = clip_scores(self.clip, images.to(given.device), given.own.captions)
-        return [clip_score_value(self.clip, gather_by_position(scores.cpu(), given.positions), protocol)]
+        return clip_score_value(self.clip, gather_by_position(scores.cpu(), given.positions), protocol)
 
 
 class CaptionAccuracy(SampledMetric):
     """The share of pictures of the built-in shapes that show all that their caption says, with Wilson's interval."""
+
+    metric = "caption accuracy"
 
     def prepare(self, given: Given) -> None:
         try:
@@ -49,6 +53,6 @@ class CaptionAccuracy(SampledMetric):
         except InputError as error:
             raise InputError(f"CaptionAccuracy is for the built-in shapes alone: {error}") from None
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
         right = caption_accuracy(images, given.own.captions).all.long()
-        return [share_value("caption accuracy", gather_by_position(right, given.positions).bool(), protocol)]
+        return share_value(self.metric, gather_by_position(right, given.positions).bool(), protocol)

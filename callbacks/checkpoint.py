@@ -134,6 +134,7 @@ class Checkpoint(callbacks.Checkpoint):
         self._seen_step = 0
         self._saved_step: float = math.inf  # nothing is to be saved before training starts
         self._rng: list[dict[str, Any]] = []
+        self._ended = False
         self._max_steps: int | None = None  # the trainer's, while it is raised so that it ends a run again
 
     # ---- training
@@ -188,10 +189,15 @@ class Checkpoint(callbacks.Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_handlers()
-        _write_metrics(trainer)
-        cut_short = self.interrupted is not None and trainer.global_step == trainer.max_steps
-        if trainer.is_global_zero and not cut_short:
-            self._name_last(trainer)
+        # A signal in the last step leaves out the validation after it.
+        self._ended = self.interrupted is None or trainer.global_step != trainer.max_steps
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._ended:
+            _write_metrics(trainer)  # what others logged at the end, too
+            if trainer.is_global_zero:
+                self._name_last(trainer)
+        self._ended = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

@@ -35,12 +35,16 @@ class FID(SampledMetric):
         self.extractor = extractor or RandomConvFeatures()
         self._reference: Reference | None = None
 
+    @property
+    def metric(self) -> str:
+        return self.extractor.distance_name
+
     def prepare(self, given: Given) -> None:
         self._reference = _reference(self.extractor, given)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
         assert self._reference is not None
-        return [frechet_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)]
+        return frechet_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)
 
 
 class KID(SampledMetric):
@@ -59,12 +63,16 @@ class KID(SampledMetric):
         self.extractor = extractor or RandomConvFeatures()
         self._reference: Reference | None = None
 
+    @property
+    def metric(self) -> str:
+        return self.extractor.kernel_name
+
     def prepare(self, given: Given) -> None:
         self._reference = _reference(self.extractor, given)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
         assert self._reference is not None
-        return [kernel_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)]
+        return kernel_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)
 
 
 def _reference(extractor: FeatureExtractor, given: Given) -> Reference:

@@ -82,7 +82,7 @@ def first_pictures(
     num: int,
     who: str,
     split: Split = "val",
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] | None = None,
 ) -> Pictures:
     """The first samples of a part of the data; the random states stay as they are.
 
@@ -92,21 +92,20 @@ def first_pictures(
         num: number of samples, fewer where there are fewer.
         who: the callback's name, for errors.
         split: the validation set, or the training set as a run consumes it.
-        share: this process's number and the number of processes among which the first `num` samples are dealt out,
-            less those that cannot be used; alone, a process takes further samples in their place.
+        share: this process's number and the number of processes among which the first `num` samples are dealt out, less
+            those that cannot be used; without it further samples take their place.
 
     Raises:
-        InputError: the data has no such part, or images of several sizes in it.
+        InputError: the data has no such part, or images of another size in it, or, without a share, none at all.
     """
-    rank, world_size = share
     with untouched_rng():
         # Not the loader of validation: in a run of several processes that gives each a part.
         dataset = _dataset(trainer, who, split)
         stop = num if split == "train" else len(dataset)
-        numbers = range(rank, stop if world_size == 1 else min(num, stop), world_size)
+        numbers = range(stop) if share is None else range(share[0], min(num, stop), share[1])
         usable = (sample for sample in map(dataset.__getitem__, numbers) if sample.image is not None)
         found = list(islice(usable, num))
-    if not found and world_size == 1:
+    if not found and share is None:
         raise InputError(f"{who} found no {SPLITS[split]} images that can be used")
     size = stage.image_size
     others = {tuple(sample.image.shape[-2:]) for sample in found} - {(size, size)}

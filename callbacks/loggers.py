@@ -12,10 +12,12 @@ import secrets
 import time
 from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from PIL.Image import Image
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
@@ -58,6 +60,7 @@ class RunCSVLogger(Logger):
         self._next_flush = 0.0
         if not self._dirty:
             self._read()
+        self._remove_partial()
 
     @property
     def name(self) -> str:
@@ -115,6 +118,11 @@ class RunCSVLogger(Logger):
         if time.monotonic() >= self._next_flush:
             self.flush()
 
+    @rank_zero_only
+    def _remove_partial(self) -> None:
+        """Takes away what a process that was killed while it wrote left."""
+        self._path.with_name(self._path.name + ".partial").unlink(missing_ok=True)
+
     def finalize(self, status: str) -> None:
         try:
             self.flush()
@@ -169,8 +177,8 @@ def wandb_logger(
         project: the project's name.
         config: the resolved configuration, plain data.
         name: of the run; by default its folder's name.
-        job_type: e.g. "fit".
-        group: e.g. a cascade or a sweep that the run belongs to.
+        job_type: the stage's name, "base" or "sr_256", unless $WANDB_JOB_TYPE says another.
+        group: what the run belongs to, a cascade or a sweep; by default $WANDB_RUN_GROUP, else `cascade_name`.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +194,8 @@ def wandb_logger(
         name=name or folder.resolve().name,
         config=config,
         allow_val_change=True,
-        job_type=job_type,
-        group=group,
+        job_type=os.environ.get("WANDB_JOB_TYPE") or job_type,
+        group=group or os.environ.get("WANDB_RUN_GROUP") or cascade_name(folder),
         mode=mode,
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes what W&B no longer knows and warns of
@@ -198,6 +206,41 @@ def wandb_agent_run() -> tuple[str, str] | None:
     """The sweep and the run that W&B's agent started this process for, or None."""
     sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     return (sweep, run) if sweep and run else None
+
+
+def log_table(logger: WandbLogger, key: str, columns: Mapping[str, Sequence[Any]], step: int) -> None:
+    """Logs a table, PIL images in it as such, whose files W&B keeps in RUN/wandb until they are uploaded.
+
+    It would keep them in the user's own folder, away from the offline run that refers to them.
+
+    Args:
+        logger: of the run folder.
+        key: of the table.
+        columns: title to cells, of equal numbers.
+        step: optimizer steps behind it.
+    """
+    import wandb
+
+    def cell(value: Any) -> Any:
+        return wandb.Image(value) if isinstance(value, Image) else value
+
+    rows = [[cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
+    given = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = given or str(Path(logger.save_dir or ".").resolve() / "wandb")
+    try:
+        logger.log_table(key, list(columns), rows, step=step)
+    finally:
+        if given is None:
+            del os.environ["WANDB_DATA_DIR"]
+
+
+def cascade_name(run_dir: str | Path) -> str | None:
+    """The folder in which a cascade's runs lie side by side: "quickstart" of runs/quickstart/base.
+
+    None for a run that lies by itself, in the working folder or in one called "runs".
+    """
+    parent = Path(run_dir).resolve().parent
+    return None if parent.name in ("", "runs") or parent == Path.cwd() else parent.name
 
 
 def _has_wandb_key() -> bool:

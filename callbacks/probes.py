@@ -22,7 +22,7 @@ from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import log_values, rewind_values, stage_name
+from imagen_lightning.callbacks.values import column, log_values, rewind_values, stage_name
 from imagen_lightning.files import write_json
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.probes import (
@@ -119,7 +119,7 @@ class Probes(pl.Callback):
         batch_size: samples at once.
 
     Raises:
-        InputError: fewer than 8 samples or another number below 1; when training starts, no validation images.
+        InputError: fewer than 16 samples or another number below its least; when training starts, no validation images.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class Probes(pl.Callback):
         num_steps: int | None = None,
         batch_size: int = 32,
     ) -> None:
-        if num_samples < 8 or num_drawn < 2:
-            raise InputError(f"Probes num_samples {num_samples} must be at least 8, num_drawn {num_drawn} at least 2")
+        if num_samples < 16 or num_drawn < 2:
+            raise InputError(f"Probes num_samples {num_samples} must be at least 16, num_drawn {num_drawn} at least 2")
         self.num_samples = num_samples
         self.num_drawn = num_drawn
         self.every_n_steps = every_n_steps
@@ -182,7 +182,8 @@ class Probes(pl.Callback):
             weights="ema" if averaged else "raw",
             precision=str(trainer.precision),
         )
-        log_values(trainer, stage, findings.values(protocol, self._settings.protocol(stage)))
+        values = findings.values(protocol, self._settings.protocol(stage))
+        log_values(trainer, {column(stage, value.metric): value for value in values})
         content = {"step": trainer.global_step, "stage": name, "verdict": words}
         write_json(run_dir(trainer) / VERDICT, content)
         if words != self._said and (self._said is not None or words):

@@ -24,6 +24,7 @@ from imagen_lightning.callbacks.drawing import (
     prompt_pictures,
     require_stage,
 )
+from imagen_lightning.callbacks.loggers import log_table
 from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.values import stage_name
@@ -166,8 +167,7 @@ class SampleGrid(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [picture], step=trainer.global_step)
-                columns, rows = _table(given, images, shifts)
-                logger.log_table("samples_table", columns, rows, step=trainer.global_step)
+                log_table(logger, "samples_table", _table(given, images, shifts), trainer.global_step)
 
 
 def _grid(stage: Any, given: Pictures, images: Tensor) -> Image:
@@ -181,14 +181,10 @@ def _grid(stage: Any, given: Pictures, images: Tensor) -> Image:
     return grid(rows, [""] * (2 * len(images)) + given.captions, cell=cell)
 
 
-def _table(given: Pictures, images: Tensor, shifts: Sequence[float] | None) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of W&B's table, one row a caption."""
-    import wandb
-
-    def pictures(tensors: Tensor) -> list[Any]:
-        return [wandb.Image(to_pil(tensor)) for tensor in tensors]
-
-    columns: dict[str, Sequence[Any]] = {"caption": given.captions, "image": pictures(images)}
+def _table(given: Pictures, images: Tensor, shifts: Sequence[float] | None) -> dict[str, Sequence[Any]]:
+    """The columns of W&B's table, a caption a row."""
+    columns: dict[str, Sequence[Any]] = {"caption": given.captions, "image": [to_pil(image) for image in images]}
     if given.low_res is not None and given.truth is not None and shifts is not None:
-        columns |= {"low_res": pictures(given.low_res), "truth": pictures(given.truth), "colour_shift": shifts}
-    return list(columns), [list(row) for row in zip(*columns.values())]
+        low_res, truth = ([to_pil(image) for image in part] for part in (given.low_res, given.truth))
+        columns |= {"low_res": low_res, "truth": truth, "colour_shift": shifts}
+    return columns

@@ -28,7 +28,7 @@ from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import log_values, rewind_values
+from imagen_lightning.callbacks.values import column, log_values, rewind_values
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.stages import DiffusionMixin
@@ -80,10 +80,12 @@ class SampledMetric(pl.Callback):
         sampler: the algorithm.
         aug_level: in [0, 1], noise on the low-resolution input of a super-resolution stage.
         batch_size: images drawn at once.
+        label: added to the name of the metric, "base/fid_LABEL", where several callbacks log one metric.
 
     Raises:
         InputError: a number below its least; when training starts, data without such images, prompts where reference
-            images are needed, an aug_level that the stage does not take, or a network that cannot be had.
+            images are needed, an aug_level that the stage does not take, a network that cannot be had, or another
+            callback that logs the same name.
     """
 
     needs_reference = False
@@ -103,6 +105,7 @@ class SampledMetric(pl.Callback):
         sampler: Sampler | None = None,
         aug_level: float | None = None,
         batch_size: int = 32,
+        label: str = "",
     ) -> None:
         name = type(self).__name__
         if num_samples < self.least or split not in SPLITS:
@@ -124,18 +127,24 @@ class SampledMetric(pl.Callback):
         self.sampler = sampler
         self.aug_level = aug_level
         self.batch_size = batch_size
+        self.label = label
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Given | None = None
         self._drawn: tuple[Any, Tensor, bool] | None = None  # of the step at hand: what, images, averaged
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """What is measured, "FID"."""
 
     @abstractmethod
     def prepare(self, given: Given) -> None:
         """Gets ready what measuring needs, so that what cannot be had is refused before the run; all processes call."""
 
     @abstractmethod
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> list[Value]:
-        """The metrics over all processes, each of which calls.
+    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
+        """The metric over all processes, each of which calls.
 
         Args:
             images: (N_r, 3, H, W) uint8 on the CPU, what this process drew; possibly none.
@@ -150,6 +159,7 @@ class SampledMetric(pl.Callback):
         self._schedule.start(trainer, name)
         self._settings.of(pl_module)
         self._drawn = None
+        self._refuse_double(trainer, pl_module)
         rewind_values(trainer)
         with uncounted(trainer), untouched_rng(pl_module.device), torch.no_grad():
             self._given = self._find(trainer, pl_module)
@@ -168,6 +178,17 @@ class SampledMetric(pl.Callback):
         if self._schedule.is_due_at_end(trainer):
             self._evaluate(trainer, pl_module)
 
+    def _column(self, stage: DiffusionMixin) -> str:
+        """The name in the loggers."""
+        parts = [column(stage, self.metric), "train" if self.split == "train" else "", self.label]
+        return "_".join(part for part in parts if part)
+
+    def _refuse_double(self, trainer: pl.Trainer, stage: DiffusionMixin) -> None:
+        name = self._column(stage)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, SampledMetric) and other is not self and other._column(stage) == name:
+                raise InputError(f"two callbacks log {name}; give one a label")
+
     def _find(self, trainer: pl.Trainer, stage: Any) -> Given:
         name, share = type(self).__name__, (trainer.global_rank, trainer.world_size)
         if self.prompts:
@@ -181,9 +202,7 @@ class SampledMetric(pl.Callback):
         facts = zip(own.positions, own.captions, (digest_tensors([image]) for image in own.truth))
         everyone = sorted(fact for facts in of_all_processes(list(facts)) for fact in facts)
         if len(everyone) < self.least:
-            raise InputError(
-                f"{name} needs at least {self.least} {SPLITS[self.split]} images, and found {len(everyone)}"
-            )
+            raise InputError(f"{name} needs at least {self.least} {SPLITS[self.split]} images; found {len(everyone)}")
         captions, digests = [caption for _, caption, _ in everyone], [digest for _, _, digest in everyone]
         return Given(own, captions, digest_texts(digests), f"{SPLITS[self.split]} images", stage.device)
 
@@ -193,8 +212,8 @@ class SampledMetric(pl.Callback):
         images, averaged = self._draw(trainer, stage, self._given.own)
         protocol = self._protocol(trainer, stage, self._given, averaged)
         with uncounted(trainer), untouched_rng(stage.device), torch.no_grad():
-            values = self.measure(images, self._given, protocol)
-        log_values(trainer, stage, values)
+            value = self.measure(images, self._given, protocol)
+        log_values(trainer, {self._column(stage): value})
 
     def _draw(self, trainer: pl.Trainer, stage: pl.LightningModule, own: Pictures) -> tuple[Tensor, bool]:
         """What another callback has drawn at this step where it draws alike, else anew."""

@@ -7,7 +7,7 @@ RUN/values.jsonl holds one JSON object a line: {"step": optimizer steps behind t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ def column(stage: DiffusionMixin, metric: str) -> str:
     return f"{stage_name(stage)}/{metric.lower().replace(' ', '_').replace(',', '')}"
 
 
-def log_values(trainer: pl.Trainer, stage: DiffusionMixin, values: Sequence[Value]) -> None:
-    """Sends values to the loggers under `stage/metric`, and in the first process adds them to RUN/values.jsonl."""
-    named = {column(stage, value.metric): value for value in values}
+def log_values(trainer: pl.Trainer, named: Mapping[str, Value]) -> None:
+    """Sends values by name to the loggers, and in the first process adds them to RUN/values.jsonl."""
     log_evaluation(trainer, {name: value.value for name, value in named.items()})
     if trainer.is_global_zero:
         step = trainer.global_step

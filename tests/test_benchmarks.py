@@ -52,9 +52,10 @@ def test_gpu_on_a_cpu(tmp_path):
 @pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="needs ../shared/data")
 def test_text_states(tmp_path):
     out = tmp_path / "figures.json"
-    run("text_states.py", "--steps", "2", "--features", "64", "--out", str(out))
+    run("text_states.py", "--steps", "2", "--features", "64", "--layers", "1", "--rounds", "1", "--out", str(out))
     figures = json.loads(out.read_text())
     assert all(row["int8"] < 0.51 * row["float16"] < row["padded_float32"] for row in figures["sizes"])
     assert figures["relative_rms_error"]["float16"] < 0.0005 < figures["relative_rms_error"]["int8"] < 0.02
+    assert all(rate > 0 for rate in figures["steps_per_second"].values())
     losses = figures["val_loss"]
     assert losses["int8"] == pytest.approx(losses["live"], rel=1e-3)

@@ -45,13 +45,20 @@ def main(argv: list[str]) -> int:
     from imagen_lightning.evaluation.compare import VOTES, BallotServer
     from imagen_lightning.evaluation.prompts import read_prompts
     from imagen_lightning.evaluation.votes import Ballot
+    from imagen_lightning.files import unwritable
     from imagen_lightning.report.ballot_page import ballot_page
 
     prompts = read_prompts(arguments.prompts).first(arguments.num)
-    _begin(arguments.out, _plan(arguments, prompts.captions), start=not arguments.result)
+    cascades = None if arguments.result else _load(arguments)
+    _begin(arguments.out, _plan(arguments, prompts.captions), start=cascades is not None)
     ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
-    if not arguments.result:
-        _draw(arguments, prompts.captions)
+    if cascades is not None:
+        try:
+            _draw(arguments, cascades, prompts.captions)
+        except OSError as error:
+            if (refusal := unwritable(error, arguments.out)) is not None:
+                raise InputError(f"{refusal}; the same command goes on") from None
+            raise
         with BallotServer(
             arguments.out, ballot, prompts.captions, arguments.num_images, ballot_page(), arguments.port
         ) as server:
@@ -68,7 +75,12 @@ def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
     from imagen_lightning.metrics.digests import digest_texts
 
     names = ("a", "b", "num_images", "seed", "guidance", "steps", "precision")
-    return {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
+    plan = {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
+    if not arguments.result:  # whoever only reads votes needs no cascade any more
+        from imagen_lightning.evaluation.identity import cascade_sha256
+
+        plan |= {f"{name}_sha256": cascade_sha256(getattr(arguments, name)) for name in ("a", "b")}
+    return plan
 
 
 def _begin(out: Path, plan: dict[str, Any], start: bool) -> None:
@@ -96,18 +108,24 @@ def _begin(out: Path, plan: dict[str, Any], start: bool) -> None:
         write_json(path, plan)
 
 
-def _draw(arguments: Any, captions: list[str]) -> None:
+def _load(arguments: Any) -> dict[str, Any]:
+    """Both cascades, before anything is written."""
     import torch
-    from tqdm import tqdm
 
     from imagen_lightning.cascade import Cascade
-    from imagen_lightning.evaluation.compare import draw
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: Cascade.load(getattr(arguments, name), device, trust=arguments.trust) for name in ("a", "b")}
+
+
+def _draw(arguments: Any, cascades: dict[str, Any], captions: list[str]) -> None:
+    from tqdm import tqdm
+
+    from imagen_lightning.evaluation.compare import draw
+
     settings = {name: getattr(arguments, name) for name in ("guidance", "steps", "precision")}
     with tqdm(total=2 * len(captions) * arguments.num_images, unit=" images") as bar:
-        for name in ("a", "b"):
-            cascade = Cascade.load(getattr(arguments, name), device, trust=arguments.trust)
+        for name, cascade in cascades.items():
             bar.set_description(f"drawing {name.upper()}")
             draw(
                 cascade,

@@ -68,6 +68,11 @@ def parser() -> Parser:
     )
     made.add_argument("--clip", metavar="NAME_OR_PATH", help="a CLIP model for the CLIP score, of the hub or a folder")
     made.add_argument(
+        "--lpips",
+        metavar="FILE|download",
+        help="torchvision's AlexNet weights for LPIPS of super-resolution stages on real input: a file, or fetched",
+    )
+    made.add_argument(
         "--features", action="append", default=[], metavar="YAML", help="class_path and init_args of another extractor"
     )
     made.add_argument(
@@ -139,6 +144,7 @@ def main(argv: list[str]) -> int:
         caption_field=arguments.caption_field,
         inception=arguments.inception,
         clip=arguments.clip,
+        lpips=arguments.lpips,
         features=tuple(arguments.features),
         save_best=arguments.save_best,
         trust=tuple(arguments.trust),

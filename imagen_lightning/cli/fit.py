@@ -44,6 +44,7 @@ from imagen_lightning.callbacks import (
     wandb_logger,
 )
 from imagen_lightning.callbacks.checkpoint import is_finished
+from imagen_lightning.callbacks.values import stage_name
 from imagen_lightning.cascade import load_weights, read_checkpoint
 from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.cli.stage_parser import Parser
@@ -99,7 +100,12 @@ class StageCLI(LightningCLI):
             help="Sets seed_everything, model.init_args.seed and data.init_args.seed at once; on the command line.",
         )
         parser.add_argument("--wandb_project", type=str, default="imagen-lightning", help="W&B project.")
-        parser.add_argument("--wandb_group", type=str | None, default=None, help="W&B group, e.g. a cascade's name.")
+        parser.add_argument(
+            "--wandb_group",
+            type=str | None,
+            default=None,
+            help="W&B group; default: the folder that holds the cascade's runs.",
+        )
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(NoiseLevelLoss, "noise_level_loss")
@@ -235,7 +241,8 @@ class StageCLI(LightningCLI):
         run, project = self.settings.run, self.settings.wandb_project
         # W&B gets the resolved configuration with the paths as typed, without what only this machine means.
         config = yaml.safe_load(self.dump())
-        to_wandb = wandb_logger(run, project, config, group=self.settings.wandb_group, job_type="fit")
+        stage = stage_name(self.model) if isinstance(self.model, DiffusionMixin) else None
+        to_wandb = wandb_logger(run, project, config, group=self.settings.wandb_group, job_type=stage)
         if (os.environ.get("WANDB_MODE") or to_wandb._wandb_init["mode"]) == "offline":
             os.environ.setdefault("WANDB_SILENT", "true")
             _tell(f"logging to W&B offline run {to_wandb._id} in {Path(run) / 'wandb'}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -274,7 +276,7 @@ def decode_text_states(data: bytes, encoder: str | None = None) -> tuple[Text, s
             states, name = arrays["states"], str(arrays["encoder"])
             mask = arrays["mask"] if "mask" in arrays else np.ones(len(states), dtype=bool)
             pooled = arrays.get("pooled")
-    except (*_PILLOW_ERRORS, zipfile.BadZipFile, MemoryError):
+    except (*_PILLOW_ERRORS, zipfile.BadZipFile, lzma.LZMAError, tokenize.TokenError, MemoryError):
         raise Unusable(Reason.BAD_TEXT_STATES) from None
     if encoder is not None and name != encoder:
         raise Unusable(Reason.OTHER_ENCODER)

@@ -379,6 +379,9 @@ def write_whole(file: Path, data: bytes) -> None:
 
 def map_shards(job: Callable[[str], T], shards: Sequence[str], processes: int = 0) -> Iterator[T]:
     """A job of each shard, in order, by that many processes, or by threads where it is 0; with a bar where many."""
+    if len(shards) < 2:
+        yield from map(job, shards)
+        return
     pool: ProcessPoolExecutor | ThreadPoolExecutor = (
         ProcessPoolExecutor(processes, get_context("spawn")) if processes else ThreadPoolExecutor(_NUM_THREADS)
     )

@@ -129,9 +129,12 @@ def hash_samples(descriptor: int, spans: np.ndarray) -> np.ndarray:
     """(n, 32) uint8: of each sample the SHA-256 over its members in the order of their kinds, each after its kind
     (one byte) and its length (eight, little-endian), so that members cannot trade bytes."""
     parts = [spans[start : start + _HASHED_TOGETHER] for start in range(0, len(spans), _HASHED_TOGETHER)]
-    with ThreadPoolExecutor(2) as pool:  # hashlib and preadv let go of the interpreter: one reads, one hashes
-        digests = b"".join(pool.map(partial(_hash_part, descriptor), parts))
-    return np.frombuffer(digests, np.uint8).reshape(len(spans), 32)
+    if len(parts) < 2:
+        digests = [_hash_part(descriptor, part) for part in parts]
+    else:
+        with ThreadPoolExecutor(2) as pool:  # hashlib and preadv let go of the interpreter: one reads, one hashes
+            digests = list(pool.map(partial(_hash_part, descriptor), parts))
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(len(spans), 32)
 
 
 def _hash_part(descriptor: int, spans: np.ndarray) -> bytearray:

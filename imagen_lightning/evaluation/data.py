@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
-import torch
 from torch import Tensor
 
 from imagen_lightning.data.dataset import ShapesDataset, ShardDataset
 from imagen_lightning.data.shapes import CANVAS, parse_caption
-from imagen_lightning.errors import InputError
-from imagen_lightning.evaluation.prompts import PromptSet
+from imagen_lightning.data.skips import Skip
+from imagen_lightning.errors import InputError, counted
+from imagen_lightning.evaluation.image_set import ImageSet
+from imagen_lightning.evaluation.prompts import PromptSet, encodable
+from imagen_lightning.metrics.digests import digest_texts
+
+log = logging.getLogger(__name__)
 
 SHAPES = "shapes"
 
@@ -23,7 +30,7 @@ class EvaluationSet:
     Attributes:
         name: what the user gave, "shapes" or the shards' names.
         captions: N strings.
-        images: (N, 3, S, S) uint8, S the size of the cascade's last stage; None for prompts.
+        images: N images at the size of the cascade's last stage; None for prompts.
         sha256: of images and captions, in order.
         has_answers: whether the captions are in the shapes' grammar, so that pictures can be checked against them.
         categories: category to the numbers of its captions, where there are categories.
@@ -31,7 +38,7 @@ class EvaluationSet:
 
     name: str
     captions: list[str]
-    images: Tensor | None
+    images: ImageSet | None
     sha256: str
     has_answers: bool
     categories: dict[str, list[int]] = field(default_factory=dict)
@@ -44,6 +51,8 @@ def load_evaluation_set(
     name: str, num: int, size: int, seed: int = 0, caption_field: str | None = None
 ) -> EvaluationSet:
     """The first `num` held-out shapes of a seed, or `num` samples of shards, evenly spaced.
+
+    Samples that cannot be used are left out, and counted in a warning; those behind them stand in.
 
     Args:
         name: "shapes", or shards: a path, folder, glob or brace pattern.
@@ -64,27 +73,31 @@ def load_evaluation_set(
             )
         dataset: ShapesDataset | ShardDataset = ShapesDataset(seed, "held_out", size, num)
     else:
-        dataset = _shards(name, num, size, caption_field)
-    samples = [dataset[position] for position in range(len(dataset))]
-    usable = [(sample.image, sample.caption) for sample in samples if sample.image is not None]
-    if len(usable) < num:
-        faults = [skip for sample in samples for skip in sample.skips]
-        reason = f" (the first: {faults[0]}, {faults[0].reason.value})" if faults else ""
+        dataset = _shards(name, size, caption_field)
+    found, captions, skips = _usable(dataset, num)
+    if len(found) < num:
+        reason = f" (the first: {skips[0]}, {skips[0].reason.value})" if skips else ""
         raise InputError(
-            f"{name!r} has {len(usable)} usable samples at {size} px, {num} are asked for{reason}; lower --num, or "
-            "give more shards"
+            f"{name!r} has {counted(len(found), 'usable sample')} at {size} px, {num} are asked for{reason}; lower "
+            "--num, or give more shards"
         )
-    images, captions = torch.stack([image for image, _ in usable]), [caption for _, caption in usable]
-    digest = hashlib.sha256(images.numpy().tobytes() + "\n".join(captions).encode())
+    if skips:
+        log.warning(
+            "%s of %r cannot be used, others stand in (the first: %s, %s)",
+            counted(len(skips), "sample"), name, skips[0], skips[0].reason.value,
+        )  # fmt: skip
+    images = ImageSet(num, size, lambda number: _image(dataset, found[number]), keep=True)
+    digest = hashlib.sha256()
+    for number in range(num):
+        digest.update(images[number : number + 1].numpy().tobytes())
+    digest.update(digest_texts(captions).encode())
     return EvaluationSet(name, captions, images, digest.hexdigest(), name == SHAPES)
 
 
 def prompt_evaluation_set(prompts: PromptSet) -> EvaluationSet:
     """Prompts alone: pictures are measured against them by CLIP, and where all are of the shapes' grammar, by that."""
-    digest = hashlib.sha256("\n".join(prompts.captions).encode())
-    return EvaluationSet(
-        prompts.name, prompts.captions, None, digest.hexdigest(), _are_of_shapes(prompts.captions), prompts.rows()
-    )
+    captions = prompts.captions
+    return EvaluationSet(prompts.name, captions, None, digest_texts(captions), _are_of_shapes(captions), prompts.rows())
 
 
 def _are_of_shapes(captions: list[str]) -> bool:
@@ -96,8 +109,40 @@ def _are_of_shapes(captions: list[str]) -> bool:
     return True
 
 
-def _shards(name: str, num: int, size: int, caption_field: str | None) -> ShardDataset:
+def _usable(dataset: ShapesDataset | ShardDataset, num: int) -> tuple[list[int], list[str], list[Skip]]:
+    """Positions of `num` usable samples, as evenly spaced as may be, in order; their captions; what was left out."""
+    captions: dict[int, str] = {}
+    skips: list[Skip] = []
+    for position in _spread(len(dataset), num):
+        if len(captions) == num:
+            break
+        sample = dataset[position]
+        if sample.image is None:
+            skips += sample.skips
+        else:
+            captions[position] = encodable(sample.caption)
+    found = sorted(captions)
+    return found, [captions[position] for position in found], skips
+
+
+def _spread(count: int, num: int) -> Iterator[int]:
+    """All positions below `count`: `num` evenly spaced ones, then those one behind these, two behind, and so on."""
+    starts = [k * count // num for k in range(num)] if num < count else list(range(count))
+    ends = [*starts[1:], count]
+    longest = max((end - start for start, end in zip(starts, ends)), default=0)
+    return chain.from_iterable(
+        (start + step for start, end in zip(starts, ends) if start + step < end) for step in range(longest)
+    )
+
+
+def _image(dataset: ShapesDataset | ShardDataset, position: int) -> Tensor:
+    image = dataset[position].image
+    if image is None:
+        raise InputError(f"sample {position} of the data can no longer be read; are its shards as they were?")
+    return image
+
+
+def _shards(name: str, size: int, caption_field: str | None) -> ShardDataset:
     from imagen_lightning.data.datamodule import LaionDataModule
 
-    data = LaionDataModule(train=name, val=name, image_size=size, caption_field=caption_field, num_val=num)
-    return data.validation_set()
+    return LaionDataModule(train=name, val=name, image_size=size, caption_field=caption_field).validation_set()

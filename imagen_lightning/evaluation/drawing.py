@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from imagen_lightning.cascade import Cascade, StageSettings
+from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet
-from imagen_lightning.images import downsample, from_pil, save_png, to_float, to_pil, to_uint8
+from imagen_lightning.evaluation.image_set import ImageSet
+from imagen_lightning.evaluation.memory import PeakMemory
+from imagen_lightning.files import write_json
+from imagen_lightning.images import from_pil, to_pil
+from imagen_lightning.metrics.digests import digest_texts
 
 Progress = Callable[[int, str], None]
 """Called with (network evaluations done, what is drawn)."""
@@ -74,18 +78,18 @@ class Drawn:
     """What a chain drew.
 
     Attributes:
-        images: (N, 3, H, W) uint8 of its last stage.
-        given: (N, 3, h, w) uint8, what that stage was given; None for a base.
+        images: N images of its last stage, which are read from their files.
+        given: N images, what that stage was given; None for a base.
         folder: where the PNG files lie.
-        seconds_per_image: of the last stage alone.
-        peak_memory_bytes: of the process (or its GPU) while that stage drew.
+        seconds_per_image: of the last stage alone, or None where nobody knows.
+        peak_memory_bytes: of the process (or its GPU) while that stage drew, or None where nobody knows.
     """
 
-    images: Tensor
-    given: Tensor | None
+    images: ImageSet
+    given: ImageSet | None
     folder: Path
-    seconds_per_image: float
-    peak_memory_bytes: int
+    seconds_per_image: float | None
+    peak_memory_bytes: int | None
 
 
 class Drawing:
@@ -139,19 +143,20 @@ class Drawing:
         if name not in self._drawn:
             before = chain.before()
             if before is not None:
-                given: Tensor | None = self.draw(before).images
+                given: ImageSet | None = self.draw(before).images
             else:
                 given = self.real(chain.first)
-            self._draw_missing(chain, name, given)
+            with _alone(self.folder / f".{name}-{self.part.rank}.lock"):
+                self._draw_missing(chain, name, given)
             self.meet()
-            self._drawn[name] = self._read(name, given)
+            self._drawn[name] = self._read(chain, name, given)
         return self._drawn[name]
 
     def name(self, chain: Chain) -> str:
         """The folder of a chain: stage, input, and a hash of all that its images depend on."""
         facts = {
             "cascade": self.identity,
-            "captions": hashlib.sha256("\n".join(self.data.captions).encode()).hexdigest(),
+            "captions": digest_texts(self.data.captions),
             "images": None if self.takes_text_alone(chain.first) else self.data.sha256,
             "seed": self.seed,
             "precision": self.precision,
@@ -168,15 +173,13 @@ class Drawing:
         """Whether a stage is a base."""
         return getattr(self.cascade.stages[stage], "low_res_size", None) is None
 
-    def real(self, stage: int) -> Tensor | None:
+    def real(self, stage: int) -> ImageSet | None:
         """The real images at the size that a stage takes; None for a base."""
         return None if self.takes_text_alone(stage) else self.truth(self.cascade.stages[stage].low_res_size)  # type: ignore[attr-defined]
 
-    def truth(self, size: int) -> Tensor | None:
-        """(N, 3, size, size) uint8: the real images by the area filter; None where there are none."""
-        if self.data.images is None or size == self.data.images.shape[-1]:
-            return self.data.images
-        return to_uint8(downsample(to_float(self.data.images), size))
+    def truth(self, size: int) -> ImageSet | None:
+        """The real images at a size, by the area filter; None where there are none."""
+        return None if self.data.images is None else self.data.images.reduced(size)
 
     def evaluations(self, chain: Chain) -> int:
         """Network evaluations that are left for this process to draw the chain's last stage."""
@@ -189,34 +192,17 @@ class Drawing:
     def _missing(self, name: str, rows: slice) -> list[int]:
         return [i for i in range(rows.start, rows.stop) if not (self.folder / name / f"{i:05d}.png").exists()]
 
-    def _draw_missing(self, chain: Chain, name: str, given: Tensor | None) -> None:
+    def _draw_missing(self, chain: Chain, name: str, given: ImageSet | None) -> None:
         setting, number = chain.settings[-1], chain.last
         every: list[Any] = [None] * len(self.cascade.stages)
 
         def only(value: Any) -> list[Any]:
             return [value if place == number else None for place in range(len(every))]
 
-        missing = [rows for rows in self._batches() if self._missing(name, rows)]
-        if missing:
-            with _alone(self.folder / f".{name}-{self.part.rank}.lock"):
-                self._draw_batches(missing, name, number, setting, given, only)
-
-    def _draw_batches(
-        self,
-        batches: Sequence[slice],
-        name: str,
-        number: int,
-        setting: StageSettings,
-        given: Tensor | None,
-        only: Callable[[Any], list[Any]],
-    ) -> None:
-        device = self.cascade.device
-        for rows in batches:
-            if not self._missing(name, rows):  # another evaluation drew it meanwhile
+        for rows in self._batches():
+            if not self._missing(name, rows):
                 continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
+            memory, start = PeakMemory(self.cascade.device), time.perf_counter()
             samples = self.cascade.sample(
                 self.data.captions[rows],
                 seed=self.seed,
@@ -233,30 +219,24 @@ class Drawing:
                 progress=lambda done, total, stage: self.progress(1, name),
             )
             seconds = time.perf_counter() - start
+            cost = {"seconds": seconds, "images": rows.stop - rows.start, "peak_memory_bytes": memory.read()}
+            # Before the images: where these are all there, their cost is known, whenever the process was killed.
+            write_json(self.folder / name / f"cost-{rows.start:05d}.json", cost)
             for index, image in enumerate(samples.images, rows.start):
-                save_png(to_pil(image), self.folder / name / f"{index:05d}.png")
-            cost = {"seconds": seconds, "images": rows.stop - rows.start, "peak_memory_bytes": _peak_memory(device)}
-            with (self.folder / name / f"cost-{self.part.rank}.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cost) + "\n")
+                write_png(to_pil(image), self.folder / name / f"{index:05d}.png")
 
-    def _read(self, name: str, given: Tensor | None) -> Drawn:
+    def _read(self, chain: Chain, name: str, given: ImageSet | None) -> Drawn:
         folder = self.folder / name
-        images = []
-        for index in range(len(self.data)):
-            with Image.open(folder / f"{index:05d}.png") as image:
-                images.append(from_pil(image))
-        costs = [
-            json.loads(line)
-            for path in sorted(folder.glob("cost-*.jsonl"))
-            for line in path.read_text(encoding="utf-8").splitlines()
-        ]
+        size = self.cascade.stages[chain.last].image_size
+        images = ImageSet(len(self.data), size, lambda index: read_png(folder / f"{index:05d}.png"))
+        costs = [_cost(path) for path in sorted(folder.glob("cost-*.json"))]
         total = sum(cost["images"] for cost in costs)
-        seconds = sum(cost["seconds"] for cost in costs) / total if total else float("nan")
-        memory = max((cost["peak_memory_bytes"] for cost in costs), default=0)
-        return Drawn(torch.stack(images), given, folder, seconds, memory)
+        seconds = sum(cost["seconds"] for cost in costs) / total if total else None
+        memory = max((cost["peak_memory_bytes"] or 0 for cost in costs), default=0)
+        return Drawn(images, given, folder, seconds, memory or None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Waits until no other evaluation that keeps its images in the same folder draws the same ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,8 +245,41 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _peak_memory(device: torch.device) -> int:
-    """The GPU's peak since the batch began, or the process's own since it began."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def write_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, with its path; nothing is left of it.
+    """
+    data = BytesIO()  # Pillow's own writing forgets what was wrong with the disk
+    image.save(data, format="PNG")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data.getbuffer())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_png(path: Path) -> Tensor:
+    """(3, H, W) uint8.
+
+    Raises:
+        InputError: the file is missing or no whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            return from_pil(image)
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it and run the same command again") from None
+
+
+def _cost(path: Path) -> dict[str, Any]:
+    try:
+        cost: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is damaged; delete its folder and run the same command again") from None
+    return cost

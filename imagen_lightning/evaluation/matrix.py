@@ -53,7 +53,8 @@ def run_matrix(drawing: Drawing, settings: Sequence[StageSettings], measurer: Me
     for stage in cascade.stages:
         truth = measurer.measure_real(drawing, stage.image_size)
         name = f"{REAL_IMAGES}, {stage.image_size} px"
-        rows.append(Row(name, None, {}, tuple(value.to_json() for value in truth.values)))
+        values = tuple(value.to_json() for value in truth.values)
+        rows.append(Row(name, None, {}, values, samples=picture_of_real(stage.image_size)))
     order = [*(ends[number] for number in range(len(cascade.stages))), truth]
     judgements = []
     for judge_ in measurer.judges(order):
@@ -75,16 +76,13 @@ def run_matrix(drawing: Drawing, settings: Sequence[StageSettings], measurer: Me
 
 def row_of(drawing: Drawing, chain: Chain, measured: Measured) -> Row:
     """The chain's line in evaluation.json; its time is that of all its stages."""
-    drawn = drawing.draw(chain)
-    seconds, step = drawn.seconds_per_image, chain.before()
-    memory = drawn.peak_memory_bytes
+    steps: list[Chain] = []
+    step: Chain | None = chain
     while step is not None:
-        earlier = drawing.draw(step)
-        seconds, memory, step = (
-            seconds + earlier.seconds_per_image,
-            max(memory, earlier.peak_memory_bytes),
-            step.before(),
-        )
+        steps.append(step)
+        step = step.before()
+    drawn = [drawing.draw(item) for item in steps]
+    seconds = [item.seconds_per_image for item in drawn if item.seconds_per_image is not None]
     settings = {
         "seed": drawing.seed,
         **{
@@ -102,7 +100,17 @@ def row_of(drawing: Drawing, chain: Chain, measured: Measured) -> Row:
         input=input_of(drawing, chain),
         settings=settings,
         values=tuple(value.to_json() for value in measured.values),
-        seconds_per_image=seconds,
-        peak_memory_bytes=memory or None,
-        samples=f"samples/{drawn.folder.name}.png",
+        seconds_per_image=sum(seconds) if len(seconds) == len(steps) else None,
+        peak_memory_bytes=max((item.peak_memory_bytes or 0 for item in drawn), default=0) or None,
+        samples=picture_of(drawing, chain),
     )
+
+
+def picture_of(drawing: Drawing, chain: Chain) -> str:
+    """The picture of a chain's images, relative to the evaluation's folder."""
+    return f"samples/{drawing.name(chain)}.png"
+
+
+def picture_of_real(size: int) -> str:
+    """Likewise of the real images at a size."""
+    return f"samples/real-{size}.png"

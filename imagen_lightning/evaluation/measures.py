@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,37 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.evaluation.data import EvaluationSet
 from imagen_lightning.evaluation.drawing import Chain, Drawing
+from imagen_lightning.evaluation.image_set import ImageSet, reduce
 from imagen_lightning.files import write_json
-from imagen_lightning.images import downsample, to_float, to_uint8
 from imagen_lightning.metrics.caption_accuracy import caption_accuracy
 from imagen_lightning.metrics.clip_score import clip_scores
-from imagen_lightning.metrics.confidence import bootstrap_frechet, bootstrap_mean, wilson
 from imagen_lightning.metrics.digests import digest_texts
-from imagen_lightning.metrics.features import ClipFeatures, FeatureExtractor, extract
-from imagen_lightning.metrics.frechet import FeatureMoments, frechet_distance
-from imagen_lightning.metrics.image_quality import psnr, ssim
-from imagen_lightning.metrics.kid import kernel_distance
+from imagen_lightning.metrics.features import ClipFeatures, FeatureExtractor, InceptionFeatures
+from imagen_lightning.metrics.frechet import FeatureMoments
+from imagen_lightning.metrics.image_quality import LPIPS, psnr, ssim
+from imagen_lightning.metrics.probes import colour_shift
 from imagen_lightning.metrics.protocol import Protocol, Value
+from imagen_lightning.metrics.reference import Reference, ReferenceKey
+from imagen_lightning.metrics.values import (
+    clip_score_value,
+    frechet_value,
+    inception_score_value,
+    kernel_value,
+    mean_value,
+    precision_recall_values,
+    share_value,
+)
 
-MIN_SUBSET = 25  # kernel distances of smaller subsets say nothing
+MIN_SUBSET = 25  # kernel distances of smaller subsets say nothing, nor do neighbours among fewer than twice as many
 _SMALLEST_SSIM = 6  # px
+_SMALLEST_LPIPS = 32  # px
 CAPTION_ACCURACY = "caption accuracy"
 CLIP_SCORE = "CLIP score"
+LPIPS_NAME = "LPIPS"
+PSNR = "PSNR"
+SSIM = "SSIM"
 
 
 @dataclass(frozen=True)
@@ -57,14 +72,9 @@ class Measured:
         found = []
         for metric, numbers in self.per_image.items():
             own = numbers[list(rows)]
-            kept = replace(self.value(metric).protocol, num_samples=len(own), prompts=digest_texts(captions))
-            if metric == CAPTION_ACCURACY:
-                low, high = wilson(round(float(own.sum())), len(own))
-                found.append(Value(metric, float(own.mean()), low, high, kept, "95% Wilson"))
-            elif len(own) > 1:
-                found.append(_mean(metric, own, kept))
-            else:
-                found.append(Value(metric, float(own.mean()), None, None, kept))
+            protocol = replace(self.value(metric).protocol, prompts=digest_texts(captions))
+            made = share_value if metric == CAPTION_ACCURACY else mean_value
+            found.append(made(metric, own, protocol))
         return found
 
     def margin(self, metric: str) -> float | None:
@@ -83,13 +93,18 @@ class Judge:
 
 
 class Measurer:
-    """Measures chains; a chain that was measured with the same extractors is read from `folder`.
+    """Measures chains; a chain that was measured by the same networks is read from `folder`.
+
+    Images are read, and networks see them, a block at a time; features of all of them are held.
 
     Args:
         folder: for one JSON file a chain.
-        extractors: feature extractors, each of which gives a Fréchet distance and a kernel distance.
-        clip: a CLIP model for the CLIP score, or None.
-        batch_size: of the extractors.
+        extractors: feature extractors, each of which gives a Fréchet distance, and for enough images a kernel distance,
+            precision and recall; Inception also its score.
+        clip: a CLIP model for the CLIP score and the distances of its features, or None.
+        lpips: for super-resolution stages on real input, or None.
+        batch_size: images at a time.
+        device: where the networks run.
     """
 
     def __init__(
@@ -97,13 +112,17 @@ class Measurer:
         folder: Path,
         extractors: Sequence[FeatureExtractor] = (),
         clip: ClipFeatures | None = None,
+        lpips: LPIPS | None = None,
         batch_size: int = 64,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.folder = folder
-        self.extractors = list(extractors)
+        self.extractors = [*extractors, *([clip] if clip is not None else [])]
         self.clip = clip
+        self.lpips = lpips
         self.batch_size = batch_size
-        self._reference: dict[tuple[str, int], Tensor] = {}
+        self.device = torch.device(device)
+        self._reference: dict[tuple[str, int], Reference] = {}
 
     def judges(self, order: Sequence[Measured]) -> list[Judge]:
         """The metrics that all of `order` have and that can judge, the one closest to what a person sees first."""
@@ -112,44 +131,63 @@ class Measurer:
     def _known(self) -> list[Judge]:
         return [
             Judge(CAPTION_ACCURACY, True, True),
-            Judge(CLIP_SCORE, True, False),
+            *([Judge(CLIP_SCORE, True, False)] if self.clip is not None else []),
             *(Judge(extractor.distance_name, False, False) for extractor in self.extractors),
         ]
 
-    def judge_of(self, metric: str) -> Judge:
-        """How a metric by this name judges.
+    def judge_of(self, metric: str, data: EvaluationSet) -> Judge:
+        """How a metric by this name judges on this data.
 
         Raises:
             InputError: none of this name judges whole cascades here.
         """
         found = {judge.metric: judge for judge in self._known()}
+        if not data.has_answers:
+            found.pop(CAPTION_ACCURACY)
+        if data.images is None:
+            for extractor in self.extractors:
+                found.pop(extractor.distance_name, None)
         if metric not in found:
-            raise InputError(f"metric {metric!r} cannot choose a point here; use one of {', '.join(map(repr, found))}")
+            known = f"use one of {', '.join(map(repr, found))}" if found else "give --clip for the CLIP score"
+            raise InputError(f"metric {metric!r} cannot choose a point here; {known}")
         return found[metric]
 
     def measure(self, drawing: Drawing, chain: Chain) -> Measured:
         """Metrics of the chain's last stage at its own size."""
-        path = self.folder / f"{drawing.name(chain)}.json"
-        known = _read(path, self._key())
-        if known is not None:
-            return known
-        drawn = drawing.draw(chain)
-        protocol = self._protocol(drawing, drawn.images, chain)
-        measured = self._measure(drawing, drawn.images, drawn.given, protocol, chain.first == chain.last)
-        _write(path, self._key(), measured)
-        return measured
+
+        def find() -> Measured:
+            drawn = drawing.draw(chain)
+            truth = drawing.truth(drawn.images.size)
+            pairs = truth if chain.first == chain.last and drawn.given is not None else None
+            protocol = self._protocol(drawing, drawn.images, chain)
+            return self._measure(drawing.data, drawn.images, drawn.given, truth, pairs, protocol)
+
+        return self._once(drawing.name(chain), find)
 
     def measure_real(self, drawing: Drawing, size: int) -> Measured:
         """The same of the real images at a stage's size: what a perfect stage reaches."""
-        images = drawing.truth(size)
-        assert images is not None
-        return self._measure(drawing, images, None, self._protocol(drawing, images, None), False)
+
+        def find() -> Measured:
+            images = drawing.truth(size)
+            assert images is not None
+            return self._measure(drawing.data, images, None, images, None, self._protocol(drawing, images, None))
+
+        return self._once(f"real-{size}", find)
+
+    def _once(self, name: str, find: Callable[[], Measured]) -> Measured:
+        """What is on disk, or else is found and written there."""
+        path = self.folder / f"{name}.json"
+        measured = _read(path, self._key())
+        if measured is None:
+            measured = find()
+            _write(path, self._key(), measured)
+        return measured
 
     def _key(self) -> list[str]:
-        named = [*self.extractors, *([self.clip] if self.clip is not None else [])]
-        return [f"{extractor.name} {extractor.sha256}" for extractor in named]
+        named = [*self.extractors, *([self.lpips] if self.lpips is not None else [])]
+        return [f"{network.name} {network.sha256}" for network in named]
 
-    def _protocol(self, drawing: Drawing, images: Tensor, chain: Chain | None) -> Protocol:
+    def _protocol(self, drawing: Drawing, images: ImageSet, chain: Chain | None) -> Protocol:
         # Real images bear the weights' and precision's names too: they are measured as the stages' images are.
         made: dict[str, Any] = {"precision": drawing.precision, "weights": "ema"}
         if chain is not None:
@@ -159,93 +197,118 @@ class Measurer:
             made["seed"] = drawing.seed
         return Protocol(
             "none",
-            image_size=images.shape[-1],
+            image_size=images.size,
             num_samples=len(images),
             prompts=digest_texts(drawing.data.captions),
             **made,
         )
 
     def _measure(
-        self, drawing: Drawing, images: Tensor, given: Tensor | None, protocol: Protocol, on_real_input: bool
+        self,
+        data: EvaluationSet,
+        images: ImageSet,
+        given: ImageSet | None,
+        truth: ImageSet | None,
+        pairs: ImageSet | None,
+        protocol: Protocol,
     ) -> Measured:
-        values: list[Value] = []
-        per_image: dict[str, Tensor] = {}
-        captions = drawing.data.captions
-        if drawing.data.has_answers:
-            accuracy = caption_accuracy(images, captions)
-            per_image[CAPTION_ACCURACY] = accuracy.all.double()
-            for name, share in accuracy.mean().items():
-                metric = CAPTION_ACCURACY if name == "all" else f"{CAPTION_ACCURACY}, {name}"
-                count = int(accuracy.has_relation.sum()) if name == "relation" else len(images)
-                low, high = wilson(round(share * count), count)
-                values.append(Value(metric, share, low, high, replace(protocol, metric=metric), "95% Wilson"))
-        if self.clip is not None:
-            scores = clip_scores(self.clip, images, captions, self.batch_size)
-            per_image[CLIP_SCORE] = scores
-            values.append(_mean(CLIP_SCORE, scores, _by(protocol, self.clip)))
-        truth = drawing.truth(images.shape[-1])
+        """Measures images.
+
+        Args:
+            data: their captions.
+            images: what is measured.
+            given: what a super-resolution stage was given to make them.
+            truth: the real images, of which they should have the distribution.
+            pairs: the real images, where they should be these very ones.
+            protocol: how they were made.
+        """
+        numbers: dict[str, list[Tensor]] = defaultdict(list)
+        features: dict[str, list[Tensor]] = defaultdict(list)
+        answers: dict[str, list[Tensor]] = defaultdict(list)
+        for rows in images.blocks(self.batch_size):
+            block, captions = images[rows], data.captions[rows]
+            if data.has_answers:
+                accuracy = caption_accuracy(block, captions)
+                answers[CAPTION_ACCURACY].append(accuracy.all)
+                for name in ("background", "number", "color", "shape", "size", "relation"):
+                    right = getattr(accuracy, name)
+                    answers[f"{CAPTION_ACCURACY}, {name}"].append(
+                        right[accuracy.has_relation] if name == "relation" else right
+                    )
+            seen = block.to(self.device)
+            if self.clip is not None:
+                numbers[CLIP_SCORE].append(clip_scores(self.clip, seen, captions, self.batch_size).cpu())
+            if truth is not None:
+                for extractor in self.extractors:
+                    features[extractor.name].append(extractor(seen).cpu())
+            if pairs is not None:
+                for metric, values in self._nearness(seen, pairs[rows].to(self.device)).items():
+                    numbers[metric].append(values.cpu())
+            if given is not None:
+                for metric, values in _faithfulness(block, given[rows]).items():
+                    numbers[metric].append(values)
+        shares = {metric: torch.cat(parts) for metric, parts in answers.items()}
+        means = {metric: torch.cat(parts) for metric, parts in numbers.items()}
+        found = [share_value(metric, passed, protocol) for metric, passed in shares.items() if len(passed)]
+        for metric, each in means.items():
+            if metric == CLIP_SCORE and self.clip is not None:
+                found.append(clip_score_value(self.clip, each, protocol))
+            else:
+                found.append(mean_value(metric, each, self._of_pairs(metric, protocol, data)))
         if truth is not None:
-            compared = replace(protocol, reference=drawing.data.sha256, reference_name=drawing.data.name)
             for extractor in self.extractors:
-                values += self._distances(extractor, images, truth, _by(compared, extractor))
-            if on_real_input and given is not None:
-                values += _nearness(images, truth, compared)
-        if given is not None:
-            values += _faithfulness(images, given, protocol)
-        return Measured(tuple(values), per_image)
+                reference = self._reference_of(extractor, truth, data)
+                found += _distances(extractor, torch.cat(features[extractor.name]), reference, protocol)
+        judged = {CAPTION_ACCURACY: shares, CLIP_SCORE: means}
+        per_image = {metric: kind[metric].double() for metric, kind in judged.items() if metric in kind}
+        return Measured(tuple(found), per_image)
 
-    def _distances(self, extractor: FeatureExtractor, images: Tensor, truth: Tensor, protocol: Protocol) -> list[Value]:
-        features, reference = self._features(extractor, images), self._reference_features(extractor, truth)
-        moments = FeatureMoments.of(reference)
-        distance = frechet_distance(FeatureMoments.of(features), moments)
-        low, high = bootstrap_frechet(distance, features, moments)
-        name, kernel_name = extractor.distance_name, extractor.kernel_name
-        values = [Value(name, distance, low, high, replace(protocol, metric=name), "95% bootstrap")]
-        if len(images) >= 2 * MIN_SUBSET:
-            kernel = kernel_distance(features, reference)
-            named = replace(protocol, metric=kernel_name, settings=kernel.settings)
-            spread = (kernel.value - kernel.std, kernel.value + kernel.std)
-            values.append(Value(kernel_name, kernel.value, *spread, named, "1 std of the subsets"))
-        return values
+    def _nearness(self, images: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """How near super-resolved real images are to the real ones, one number an image."""
+        found = {PSNR: psnr(images, truth)}
+        if images.shape[-1] >= _SMALLEST_SSIM:
+            found[SSIM] = ssim(images, truth)
+        if self.lpips is not None and images.shape[-1] >= _SMALLEST_LPIPS:
+            found[LPIPS_NAME] = self.lpips(images, truth)
+        return found
 
-    def _features(self, extractor: FeatureExtractor, images: Tensor) -> Tensor:
-        return extract(extractor, images, self.batch_size)
+    def _of_pairs(self, metric: str, protocol: Protocol, data: EvaluationSet) -> Protocol:
+        """The protocol of a mean over images, with the real images where it compares with these."""
+        if metric in (PSNR, SSIM, LPIPS_NAME):
+            protocol = replace(protocol, reference=data.sha256, reference_name=data.name)
+        if metric == LPIPS_NAME and self.lpips is not None:
+            protocol = replace(protocol, extractor=self.lpips.name, extractor_sha256=self.lpips.sha256)
+        return protocol
 
-    def _reference_features(self, extractor: FeatureExtractor, truth: Tensor) -> Tensor:
-        key = extractor.name, truth.shape[-1]
-        if key not in self._reference:
-            self._reference[key] = self._features(extractor, truth)
-        return self._reference[key]
-
-
-def _by(protocol: Protocol, extractor: FeatureExtractor) -> Protocol:
-    return replace(
-        protocol,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        resize_filter=extractor.resize_filter,
-    )
+    def _reference_of(self, extractor: FeatureExtractor, truth: ImageSet, data: EvaluationSet) -> Reference:
+        """Features of the real images at a size; found once."""
+        place = extractor.name, truth.size
+        if place not in self._reference:
+            blocks = truth.blocks(self.batch_size)
+            features = torch.cat([extractor(truth[rows].to(self.device)).cpu() for rows in blocks])
+            key = ReferenceKey.of(extractor, data.sha256, truth.size)
+            self._reference[place] = Reference(key, FeatureMoments.of(features), features, data.name)
+        return self._reference[place]
 
 
-def _mean(metric: str, numbers: Tensor, protocol: Protocol) -> Value:
-    low, high = bootstrap_mean(numbers)
-    named = replace(protocol, metric=metric)
-    return Value(metric, numbers.double().mean().item(), low, high, named, "95% bootstrap")
+def _distances(extractor: FeatureExtractor, features: Tensor, reference: Reference, protocol: Protocol) -> list[Value]:
+    """All that the features tell of the images beside the real ones."""
+    found = [frechet_value(extractor, features, reference, protocol)]
+    if len(features) < 2 * MIN_SUBSET:
+        return found
+    found.append(kernel_value(extractor, features, reference, protocol))
+    found += precision_recall_values(extractor, features, reference, protocol)
+    if isinstance(extractor, InceptionFeatures) and extractor.layer == "2048":
+        found.append(inception_score_value(extractor, extractor.logits(features), protocol))
+    return found
 
 
-def _nearness(images: Tensor, truth: Tensor, protocol: Protocol) -> list[Value]:
-    """How near super-resolved real images are to the real ones."""
-    values = [_mean("PSNR", psnr(images, truth), protocol)]
-    if images.shape[-1] >= _SMALLEST_SSIM:
-        values.append(_mean("SSIM", ssim(images, truth), protocol))
-    return values
-
-
-def _faithfulness(images: Tensor, given: Tensor, protocol: Protocol) -> list[Value]:
+def _faithfulness(images: Tensor, given: Tensor) -> dict[str, Tensor]:
     """How well a super-resolution stage keeps what it is given: its output, reduced again, against its input."""
-    reduced = to_uint8(downsample(to_float(images), given.shape[-1]))
-    shift = (reduced.double().mean((-2, -1)) - given.double().mean((-2, -1))).abs().mean(1)
-    return [_mean("low-res PSNR", psnr(reduced, given), protocol), _mean("colour shift", shift, protocol)]
+    return {
+        "low-res PSNR": psnr(reduce(images, given.shape[-1]), given),
+        "colour shift": colour_shift(images, given),
+    }
 
 
 def _read(path: Path, key: Sequence[str]) -> Measured | None:

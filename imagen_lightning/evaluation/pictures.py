@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imagen_lightning.evaluation.drawing import Drawn
-from imagen_lightning.images import grid, save_png, to_float, to_uint8, upsample
+from torch import Tensor
+
+from imagen_lightning.evaluation.drawing import write_png
+from imagen_lightning.evaluation.image_set import ImageSet
+from imagen_lightning.images import grid, to_float, to_uint8, upsample
 
 NUM_IMAGES = 24
 COLUMNS = 6
 CELL = 128
 
 
-def save_picture(drawn: Drawn, captions: list[str], path: Path) -> None:
+def save_picture(images: ImageSet, given: ImageSet | None, captions: list[str], path: Path) -> None:
     """The first images with their captions; where the stage was given images, those stand to their left."""
-    count = min(NUM_IMAGES, len(captions))
-    size = drawn.images.shape[-1]
-    cell = max(CELL // size, 1) * size
-    cells, texts = [], []
-    for index in range(count):
-        if drawn.given is not None:
-            cells.append(to_uint8(upsample(to_float(drawn.given[index : index + 1]), size))[0])
-            texts.append("given")
-        cells.append(drawn.images[index])
-        texts.append(captions[index])
+    shown = slice(min(NUM_IMAGES, len(captions)))
+    size = images.size
+    cells: list[Tensor] = list(images[shown])
+    texts = captions[shown]
+    if given is not None:
+        enlarged = list(to_uint8(upsample(to_float(given[shown]), size)))
+        cells = [cell for pair in zip(enlarged, cells) for cell in pair]
+        texts = [text for caption in texts for text in ("given", caption)]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    save_png(grid(rows, texts, cell=cell), path)
+    write_png(grid(rows, texts, cell=max(CELL // size, 1) * size), path)

@@ -72,10 +72,16 @@ def read_prompts(path: str | Path) -> PromptSet:
         pairs = _json_lines(text, path)
     else:
         pairs = [(line, "") for line in text.splitlines()]
+    pairs = [(encodable(prompt), encodable(category)) for prompt, category in pairs]
     pairs = [(" ".join(prompt.split()), category.strip()) for prompt, category in pairs if prompt.strip()]
     if not pairs:
         raise InputError(f"--prompts {str(path)!r} holds no prompt")
     return PromptSet(path.name, [prompt for prompt, _ in pairs], [category for _, category in pairs])
+
+
+def encodable(text: str) -> str:
+    """The text with "?" for the lone surrogates that JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, str]]:

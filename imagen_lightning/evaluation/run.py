@@ -2,46 +2,43 @@
 
 OUT holds `plan.json` (what was asked for), `samples/` (every image, a folder a stage and setting, and a picture of
 each), `measured/` (numbers a chain) and `evaluation.json`. Run again, it goes on where it stopped. Under torchrun the
-processes share the drawing, and the first one measures.
+processes share the drawing and the measuring, and the first one writes.
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
+import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from imagen_lightning.cascade import MANIFEST, Cascade, StageSettings
-from imagen_lightning.errors import InputError, counted
+from imagen_lightning.cascade import Cascade, StageSettings
+from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet, load_evaluation_set, prompt_evaluation_set
 from imagen_lightning.evaluation.drawing import Chain, Drawing, Part, chains
-from imagen_lightning.evaluation.matrix import row_of, run_matrix
+from imagen_lightning.evaluation.identity import weights_sha256
+from imagen_lightning.evaluation.matrix import picture_of, picture_of_real, row_of, run_matrix
 from imagen_lightning.evaluation.measures import Judge, Measured, Measurer
 from imagen_lightning.evaluation.pictures import save_picture
-from imagen_lightning.evaluation.points import Axes, pareto, points
+from imagen_lightning.evaluation.points import Axes, points
+from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.prompts import read_prompts
 from imagen_lightning.evaluation.schema import Evaluation, Row, save
-from imagen_lightning.files import write_json
+from imagen_lightning.evaluation.words import cell, settings_of, sweep_verdict, table
+from imagen_lightning.files import unwritable, write_json, write_text
 from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
-_FREE = (
-    "device",
-    "batch_size",
-    "command",
-    "save_best",
-    "trust",
-    "samples",
-)  # what may differ when an evaluation goes on
+CAPTIONS = "captions.json"
+_FREE = ("device", "batch_size", "command", "save_best", "trust", "samples")  # may differ when an evaluation goes on
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Request:
     caption_field: str | None = None
     inception: str | None = None
     clip: str | None = None
+    lpips: str | None = None
     features: tuple[str, ...] = ()
     save_best: str | None = None
     trust: tuple[str, ...] = ()
@@ -82,18 +80,36 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
     Raises:
         InputError: anything in the request that cannot be used; an `out` that holds something else.
     """
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = request.device or own_device()
     cascade = Cascade.load(request.cascade, device, trust=request.trust)
-    identity = _identity(Path(request.cascade).expanduser())
     chosen = points(cascade, Axes(request.axes or {}))
     data = _data(request, cascade)
-    extractors, clip = _extractors(request)
-    measurer = Measurer(out / "measured", extractors, clip)
-    if request.save_best is not None:
-        measurer.judge_of(request.save_best)
-    with _processes() as (part, meet):
+    measurer = _measurer(request, out / "measured", cascade.device)
+    judge = None if request.save_best is None else _judge(request, measurer, data)
+    try:
+        return _evaluate(request, out, cascade, chosen, data, measurer, judge)
+    except OSError as error:
+        if (refusal := unwritable(error, out)) is not None:
+            raise InputError(f"{refusal}; the same command goes on") from None
+        raise
+
+
+def _evaluate(
+    request: Request,
+    out: Path,
+    cascade: Cascade,
+    chosen: Sequence[tuple[StageSettings, ...]],
+    data: EvaluationSet,
+    measurer: Measurer,
+    judge: Judge | None,
+) -> Outcome | None:
+    identity = weights_sha256(request.cascade)
+    whole = [Chain(0, len(point) - 1, point) for point in chosen]
+    is_matrix = len(chosen) == 1 and data.images is not None
+    wanted = chains(chosen[0]) if is_matrix else whole
+    with processes() as (part, meet):
         if part.rank == 0:
-            _begin(out, request, identity, data.sha256)
+            _begin(out, request, identity, data)
         meet()
         drawing = Drawing(
             cascade,
@@ -106,26 +122,23 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
             part=part,
             meet=meet,
         )
-        whole = [Chain(0, len(point) - 1, point) for point in chosen]
-        is_matrix = len(chosen) == 1 and data.images is not None
-        _draw(drawing, chains(chosen[0]) if is_matrix else whole)
+        _draw(drawing, wanted)
+        _measure(drawing, wanted, measurer, [stage.image_size for stage in cascade.stages] if is_matrix else [])
+        meet()
         if part.rank != 0:
             return None
+    measured = [measurer.measure(drawing, chain) for chain in whole]
+    best = None
     if is_matrix:
         matrix = run_matrix(drawing, chosen[0], measurer)
-        rows, verdict, measured = matrix.rows, matrix.verdict, [measurer.measure(drawing, whole[0])]
-        for chain in chains(chosen[0]):
-            _picture(drawing, chain, out)
+        rows, verdict = matrix.rows, matrix.verdict
     else:
-        measured = [measurer.measure(drawing, chain) for chain in whole]
         rows = [row_of(drawing, chain, item) for chain, item in zip(whole, measured)]
-        verdict = _sweep_verdict(rows, measured, measurer)
+        verdict = sweep_verdict(rows, measured, measurer.judges(measured))
         rows += [row for row, item in zip(rows, measured) for row in _categories(data, row, item)]
-        for chain in whole:
-            _picture(drawing, chain, out)
-    best = None
-    if request.save_best is not None:
-        best = _save_best(cascade, request, chosen, rows, measured, measurer)
+    if judge is not None:
+        best = _best(request, whole, [row_of(drawing, *pair) for pair in zip(whole, measured)], measured, judge)
+    _pictures(drawing, wanted, out, cascade if is_matrix else None)
     evaluation = Evaluation(
         "matrix" if is_matrix else "sweep",
         request.cascade,
@@ -136,52 +149,10 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
         best,
     )
     save(evaluation, out)
-    line = None if best is None else f"saved to {request.cascade}: {best['words']}"
-    return Outcome(evaluation, table(evaluation), line)
-
-
-def table(evaluation: Evaluation) -> str:
-    """The rows for a terminal: metrics that stand in most rows, with their intervals."""
-    metrics = [value["metric"] for row in evaluation.rows for value in row.values if "," not in value["metric"]]
-    names = list(dict.fromkeys(metrics))
-    head = ["stage", "input", *_setting_names(evaluation), *names, "s/image"]
-    lines = [head]
-    for row in evaluation.rows:
-        found = {value["metric"]: value for value in row.values}
-        lines.append(
-            [
-                row.stage,
-                row.input or "-",
-                *(_short(row.settings.get(name)) for name in _setting_names(evaluation)),
-                *(_cell(found.get(name)) for name in names),
-                "-" if row.seconds_per_image is None else f"{row.seconds_per_image:.3f}",
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def _setting_names(evaluation: Evaluation) -> list[str]:
-    """In a sweep, what differs between its rows."""
-    if evaluation.kind == "matrix":
-        return []
-    names = ("category", "guidance", "steps", "sampler", "aug_level")
-    return [name for name in names if len({json.dumps(row.settings.get(name)) for row in evaluation.rows}) > 1]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join("-" if item is None else f"{item}" for item in value)
-    return "-" if value is None else f"{value}"
-
-
-def _cell(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return "-"
-    number = float(value["value"])
-    if value.get("low") is None:
-        return f"{number:.4g}"
-    return f"{number:.4g} ({float(value['low']):.4g} to {float(value['high']):.4g})"
+    if best is None:
+        return Outcome(evaluation, table(evaluation), None)
+    _save_best(cascade, request.cascade, chosen[best["point"]], best)
+    return Outcome(evaluation, table(evaluation), f"saved to {request.cascade}: {best['words']}")
 
 
 # ---- parts
@@ -208,37 +179,52 @@ def _categories(data: EvaluationSet, row: Row, measured: Measured) -> list[Row]:
     return found
 
 
-def _extractors(request: Request) -> tuple[list[Any], Any]:
+def _measurer(request: Request, folder: Path, device: torch.device) -> Measurer:
+    """With all networks that the request asks for; what cannot be had is refused before anything is drawn."""
     from imagen_lightning.metrics import features
+    from imagen_lightning.metrics.image_quality import LPIPS
+
+    def path(text: str) -> Path | None:
+        return None if text == "download" else Path(text)
 
     extractors: list[Any] = []
     if request.inception is not None:
-        path = None if request.inception == "download" else Path(request.inception)
-        extractors.append(features.InceptionFeatures(path))
-    extractors += [features.load_extractor(Path(path), request.trust) for path in request.features]
+        extractors.append(features.InceptionFeatures(path(request.inception)))
+    extractors += [features.load_extractor(Path(name), request.trust) for name in request.features]
     if not extractors:
         extractors.append(features.RandomConvFeatures())
-    clip = features.ClipFeatures(request.clip) if request.clip is not None else None
-    for extractor in [*extractors, *([clip] if clip is not None else [])]:
-        extractor.sha256  # noqa: B018  (what cannot be had is refused before anything is drawn)
-    return extractors, clip
+    clip = None if request.clip is None else features.ClipFeatures(request.clip)
+    lpips = None if request.lpips is None else LPIPS(weights=path(request.lpips))
+    for network in (*extractors, clip, lpips):
+        if network is not None:
+            network.sha256  # noqa: B018
+    # float64, which the metrics need, is known to CPUs and NVIDIA's and AMD's GPUs.
+    return Measurer(folder, extractors, clip, lpips, device=device if device.type == "cuda" else "cpu")
 
 
-def _identity(folder: Path) -> str:
-    """A hash of the manifest's weights: a cascade that is trained on becomes another one."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    facts = [(entry["name"], entry["weights"]["sha256"]) for entry in manifest["stages"]]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _judge(request: Request, measurer: Measurer, data: EvaluationSet) -> Judge:
+    """What chooses the point to save.
+
+    Raises:
+        InputError: it cannot choose here, or the cascade cannot be written.
+    """
+    judge = measurer.judge_of(str(request.save_best), data)
+    if not os.access(Path(request.cascade).expanduser(), os.W_OK):
+        raise InputError(
+            f"--save-best writes into {request.cascade!r}, which cannot be written; copy the cascade, or let this user "
+            "write there"
+        )
+    return judge
 
 
-def _begin(out: Path, request: Request, identity: str, data: str) -> None:
+def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> None:
     """Makes `out`, or checks that it holds this very evaluation.
 
     Raises:
         InputError: it holds something else; the message names what differs.
     """
     plan = {key: value for key, value in asdict(request).items() if key not in _FREE}
-    plan = json.loads(json.dumps(plan | {"cascade_sha256": identity, "data_sha256": data}))
+    plan = json.loads(json.dumps(plan | {"cascade_sha256": identity, "data_sha256": data.sha256}))
     path = out / PLAN
     if path.exists():
         try:
@@ -252,26 +238,11 @@ def _begin(out: Path, request: Request, identity: str, data: str) -> None:
                     f"{plan[key]!r}; give another folder"
                 )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"samples"}):
         raise InputError(f"--out {str(out)!r} is not empty and holds no evaluation; give another folder")
     out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
     write_json(path, plan)
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[Part, Callable[[], None]]]:
-    """This process's part, and how it waits for the others."""
-    part = Part.of_environment()
-    if part.world_size == 1:
-        yield part, lambda: None
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # one may draw far longer than another
-    try:
-        yield part, dist.barrier
-    finally:
-        dist.destroy_process_group()
 
 
 def _draw(drawing: Drawing, wanted: Sequence[Chain]) -> None:
@@ -294,63 +265,49 @@ def _draw(drawing: Drawing, wanted: Sequence[Chain]) -> None:
             drawing.draw(chain)
 
 
-def _picture(drawing: Drawing, chain: Chain, out: Path) -> None:
-    drawn = drawing.draw(chain)
-    save_picture(drawn, drawing.data.captions, out / "samples" / f"{drawn.folder.name}.png")
+def _measure(drawing: Drawing, wanted: Sequence[Chain], measurer: Measurer, real_sizes: Sequence[int]) -> None:
+    """Measures this process's share of the chains, and of the real images at some sizes."""
+    jobs: list[Callable[[], Measured]] = [partial(measurer.measure, drawing, chain) for chain in wanted]
+    jobs += [partial(measurer.measure_real, drawing, size) for size in real_sizes]
+    part = drawing.part
+    for job in tqdm(jobs[part.rank :: part.world_size], "measuring", unit=" sets", disable=part.rank != 0):
+        job()
 
 
-def _sweep_verdict(rows: Sequence[Row], measured: Sequence[Measured], measurer: Measurer) -> str:
-    """The best point by the first judge, and the points that no other beats in quality and time."""
-    judges = measurer.judges(measured)
-    if not judges:
-        return "nothing was measured: these prompts have no real images; give --clip for the CLIP score"
-    judge = judges[0]
-    sign = 1 if judge.higher_is_better else -1
-    quality = [sign * item.number(judge.metric) for item in measured]
-    best = max(range(len(rows)), key=quality.__getitem__)
-    front = pareto(quality, [row.seconds_per_image or 0.0 for row in rows])
-    value = measured[best].value(judge.metric)
-    equal = [
-        i
-        for i, item in enumerate(measured)
-        if i != best and value.low is not None and value.low <= item.number(judge.metric) <= (value.high or value.value)
-    ]
-    note = f"; within its interval: {counted(len(equal), 'other point')}" if equal else ""
-    return (
-        f"best {judge.metric}: {_cell(value.to_json())} at {_words(rows[best])}{note}; best for their time: "
-        + " / ".join(f"{_words(rows[i])} ({measured[i].number(judge.metric):.3g})" for i in front)
-    )
+def _pictures(drawing: Drawing, wanted: Sequence[Chain], out: Path, cascade: Cascade | None) -> None:
+    """A picture of each chain, and of the real images at the sizes of the cascade's stages."""
+    for chain in wanted:
+        drawn = drawing.draw(chain)
+        save_picture(drawn.images, drawn.given, drawing.data.captions, out / picture_of(drawing, chain))
+    for stage in [] if cascade is None else cascade.stages:
+        images = drawing.truth(stage.image_size)
+        if images is not None:
+            save_picture(images, None, drawing.data.captions, out / picture_of_real(stage.image_size))
 
 
-def _words(row: Row) -> str:
-    parts = [f"{name} {_short(row.settings.get(name))}" for name in ("guidance", "steps", "aug_level", "sampler")]
-    return ", ".join(parts)
-
-
-def _save_best(
-    cascade: Cascade,
-    request: Request,
-    chosen: Sequence[tuple[StageSettings, ...]],
-    rows: Sequence[Row],
-    measured: Sequence[Measured],
-    measurer: Measurer,
+def _best(
+    request: Request, whole: Sequence[Chain], rows: Sequence[Row], measured: Sequence[Measured], judge: Judge
 ) -> dict[str, Any]:
-    """Writes the best point into the manifest and returns it with its evidence."""
-    judge: Judge = measurer.judge_of(str(request.save_best))
+    """The best point by the judge, with its evidence."""
     sign = 1 if judge.higher_is_better else -1
-    best = max(range(len(chosen)), key=lambda number: sign * measured[number].number(judge.metric))
-    value = measured[best].value(judge.metric)
-    whole = [row for row in rows if row.input == "chain" or len(cascade.stages) == 1]
-    evidence = {
+    point = max(range(len(whole)), key=lambda number: sign * measured[number].number(judge.metric))
+    value = measured[point].value(judge.metric).to_json()
+    return {
         "chosen_by": judge.metric,
-        "points": len(chosen),
+        "point": point,
+        "points": len(whole),
         "data": request.data or request.prompts,
-        "settings": dict(whole[best].settings),
-        "value": value.to_json(),
+        "settings": dict(rows[point].settings),
+        "value": value,
+        "words": f"{settings_of(rows[point])} with {judge.metric} {cell(value)}",
     }
-    cascade.set_defaults(chosen[best], [evidence])
-    cascade.save_manifest(request.cascade)
-    return evidence | {"words": f"{_words(whole[best])} with {judge.metric} {_cell(value.to_json())}"}
+
+
+def _save_best(cascade: Cascade, folder: str, settings: Sequence[StageSettings], best: Mapping[str, Any]) -> None:
+    """Makes the best point the cascade's own, its evidence beside it; once, however often the evaluation is run."""
+    evidence = {key: value for key, value in best.items() if key not in ("point", "words")}
+    cascade.set_defaults(settings, [] if evidence in cascade.metrics else [evidence])
+    cascade.save_manifest(folder)
 
 
 def _environment(request: Request, cascade: Cascade) -> dict[str, Any]:

@@ -6,6 +6,7 @@ prompt and says for each of two questions which set is the better, or that there
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,14 +74,21 @@ class Ballot:
 
         Raises:
             InputError: an unknown prompt, question or side.
+            OSError: it cannot be written; nothing is left of it.
         """
         if not 0 <= prompt < self.num_prompts or question not in QUESTIONS or side not in SIDES:
             raise InputError(f"prompt {prompt!r}, question {question!r}, side {side!r} is no vote of this ballot")
         vote = Vote(prompt, question, "tie" if side == "tie" else self.shown(prompt, side))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(vars(vote)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps(vars(vote)).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:  # a disk that is full: the next vote must not join half of this one
+                os.truncate(self.path, end)
+                raise
         self.votes[prompt, question] = vote
 
     def is_done(self, prompt: int) -> bool:

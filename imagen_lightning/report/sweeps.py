@@ -142,7 +142,7 @@ def _tried(trial: Any, folder: Path) -> Tried:
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Shares of the metric's variance among the finished trials (functional ANOVA by PED-ANOVA, Watanabe et al. 2023)."""
+    """Shares of the metric's variance among the finished trials (PED-ANOVA, Watanabe et al. 2023)."""
     import optuna
 
     complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

@@ -1,10 +1,17 @@
 """A tiny stage, its data and its trainer."""
 
+import csv
+import io
+import json
+import tarfile
+
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+from imagen_lightning.data import shapes
 from imagen_lightning.data.datamodule import ShapesDataModule
+from imagen_lightning.images import to_pil
 from imagen_lightning.networks import EfficientUNet, UNet
 from imagen_lightning.stages import BaseStage, Optimization, Sampling, SuperResolutionStage, TextSettings
 from imagen_lightning.text import TinyTextEncoder
@@ -89,3 +96,44 @@ def make_sr():
 @pytest.fixture
 def make_data():
     return data
+
+
+def write_shards(path, numbers, broken=(), caption=None):
+    """A shard of the built-in shapes of the given numbers, of which some have an image that cannot be decoded."""
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            image, said = shapes.sample(3, number, "val")
+            buffer = io.BytesIO()
+            to_pil(image).save(buffer, "PNG")
+            data = b"broken" if number in broken else buffer.getvalue()
+            for suffix, content in (("png", data), ("txt", (caption or said).encode())):
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture
+def make_shards():
+    return write_shards
+
+
+def rows_of(folder):
+    """metrics.csv as {step: {column: number}}."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {int(row.pop("step")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+
+
+def values_of(folder):
+    """values.jsonl as its entries."""
+    return [json.loads(line) for line in (folder / "values.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def read_rows():
+    return rows_of
+
+
+@pytest.fixture
+def read_values():
+    return values_of

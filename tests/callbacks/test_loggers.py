@@ -170,3 +170,21 @@ def test_a_stopped_run_goes_on_as_the_same_offline_run(tmp_path, monkeypatch):
     assert files
     assert max(file.stat().st_size for file in files) > 100  # W&B may write the last one a moment later
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_was_measured_of_the_checkpoints_weights_stays(tmp_path):
+    first = RunCSVLogger(str(tmp_path))
+    for step in range(1, 6):
+        first.log_metrics({"train/loss": 1.0, "sr_256/fid": float(step), "base/text_gain": 0.5}, step)
+    first.flush()
+    resumed = RunCSVLogger(str(tmp_path))
+    resumed.rewind(3)
+    resumed.flush()
+    assert [(row["step"], row["train/loss"], row["sr_256/fid"]) for row in rows_of(tmp_path)] == [
+        ("1", "1.0", "1.0"),
+        ("2", "1.0", "2.0"),
+        ("3", "", "3.0"),
+    ]
+    resumed.log_metrics({"train/loss": 2.0}, 3)
+    resumed.flush()
+    assert rows_of(tmp_path)[-1] == {"step": "3", "train/loss": "2.0", "sr_256/fid": "3.0", "base/text_gain": "0.5"}

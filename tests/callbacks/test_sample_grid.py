@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from imagen_lightning.callbacks import EMA, SampleGrid, averaged_weights, wandb_logger
+from imagen_lightning.callbacks import EMA, RunCSVLogger, SampleGrid, averaged_weights, wandb_logger
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, from_pil, to_float, to_uint8
+from imagen_lightning.metrics.probes import colour_shift
 from imagen_lightning.samplers import DDIM
 from imagen_lightning.types import InputError
 
@@ -90,12 +91,12 @@ def test_training_is_the_same_to_the_bit(fit, make_base, make_sr, kind):
 
 
 @pytest.mark.parametrize("prompts", [[], PROMPTS])
-def test_super_resolution_enlarges_validation_images(fit, make_sr, make_data, tmp_path, prompts):
+def test_super_resolution_enlarges_validation_images(fit, make_sr, make_data, read_rows, tmp_path, prompts):
     data = make_data()
     truth = torch.cat([batch.images for batch in data.val_dataloader()])
     draw = Draw(low_res=downsample(to_float(truth[:3]), 4))
     grid = SampleGrid(prompts, num_images=5, every_n_steps=2, seed=5, num_steps=3, guidance=2.0, at_end=False)
-    fit([EMA(), draw, grid], steps=2, stage=make_sr(), datamodule=data)
+    fit([EMA(), draw, grid], steps=2, stage=make_sr(), datamodule=data, logger=RunCSVLogger(str(tmp_path)))
     saved = json.loads((tmp_path / "samples/0000002/samples.json").read_text())
     captions = [caption for batch in data.val_dataloader() for caption in batch.captions]
     assert [image["caption"] for image in saved["images"]] == (prompts or captions[:5])
@@ -104,6 +105,10 @@ def test_super_resolution_enlarges_validation_images(fit, make_sr, make_data, tm
         assert (read(tmp_path, 2, "00001.png").int() - draw.images[1].int()).abs().max() <= 1
     picture = read(tmp_path, 2, "grid.png")
     columns = len(saved["images"])
+    images = torch.stack([read(tmp_path, 2, f"{i:05d}.png") for i in range(columns)])
+    shifts = colour_shift(images, to_uint8(downsample(to_float(truth[:columns]), 4)))
+    assert saved["colour_shifts"] == pytest.approx(shifts.tolist())
+    assert read_rows(tmp_path) == {2: {"sr_8/samples_colour_shift": pytest.approx(float(shifts.mean()))}}
     assert picture.shape[-1] == columns * 100 + 4
     height = 96 + 4  # only the last row has captions, under it
     for row, image in enumerate([to_uint8(downsample(to_float(truth[:2]), 4))[1], None, truth[1]]):

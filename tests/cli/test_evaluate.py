@@ -185,5 +185,5 @@ def test_two_processes_share_the_drawing(cascade):
             assert value["protocol"] == expected["protocol"]
             assert value["value"] == pytest.approx(expected["value"], rel=1e-4, abs=1e-9)
     assert one.environment["processes"] == 2
-    parts = {path.name for path in (cascade / "shared" / "samples").glob("*/cost-*.jsonl")}
-    assert parts == {"cost-0.jsonl", "cost-1.jsonl"}
+    parts = {path.name for path in (cascade / "shared" / "samples").glob("*/cost-*.json")}
+    assert parts == {"cost-00000.json", "cost-00002.json", "cost-00004.json"}

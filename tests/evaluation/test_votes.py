@@ -1,6 +1,7 @@
 """Blind votes: sides, order, the file, and what they say."""
 
 import json
+import resource
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert list(ballot.votes) == [(1, "fidelity")]
     ballot.cast(2, "alignment", "tie")
     assert len(Ballot(path, 3, 0).votes) == 2
+
+
+def test_a_vote_that_finds_no_room_leaves_nothing(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    ballot = Ballot(path, 3, 0)
+    ballot.cast(1, "fidelity", "tie")
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            ballot.cast(2, "fidelity", "tie")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(ballot.votes) == [(1, "fidelity")]
+    ballot.cast(2, "fidelity", "left")
+    assert Ballot(path, 3, 0).votes == ballot.votes
 
 
 @pytest.mark.parametrize(

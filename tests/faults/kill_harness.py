@@ -303,11 +303,12 @@ class Run:
         return True
 
     def kill_often(self, num_kills: int, generator: random.Random) -> None:
-        """Kills attempts by a random schedule, the last time at the run's end, and lets the run end."""
-        for _ in range(num_kills - 1):
+        """Kills attempts by a random schedule, the last two times at the run's end, and lets the run end."""
+        for _ in range(num_kills - 2):
             wanted = generator.choices(PHASES[:4], (1, 2, 3, 2))[0]
             longest = {"start": 1.2, "step": 0.02, "save": 0.012, "validation": 0.03}[wanted]
             count = 0 if wanted == "start" else generator.randint(1, 2)
             self.kill(wanted, count, generator.random() * longest)
-        self.kill("end", 1, generator.random() * 0.01)
+        for _ in range(2):
+            self.kill("end", 1, generator.random() * 0.02)
         self.finish()

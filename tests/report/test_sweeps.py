@@ -29,7 +29,7 @@ PARAMETERS = {
 
 @pytest.fixture
 def sweep(tmp_path, make):
-    """A sweep's folder with its study; `metric` gives a trial's value from its parameters' values, None for a failure."""
+    """A sweep's folder with its study; `metric` gives a trial's value from its parameters, None for a failure."""
 
     def sweep(metric, name="tried", method="grid", parameters=PARAMETERS, goal="minimize", trials=6, runs=0):
         content = {
