@@ -49,6 +49,11 @@ class SweepFolder:
         return self.path / "logs" / f"{number:04d}.lock"
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the study is this folder's own, which no other machine shares."""
+        return self.study == f"sqlite:///{self.path / STUDY}"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

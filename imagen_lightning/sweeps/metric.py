@@ -33,6 +33,15 @@ def history(folder: Path, metric: str) -> list[tuple[int, float]]:
     return sorted(found.items())
 
 
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes when a folder's metrics.csv is written again; None where there is none."""
+    try:
+        found = (folder / METRICS).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def known_metrics(folder: Path) -> list[str]:
     """The names that a folder holds, for a message about one that it does not."""
     if (folder / EVALUATION).is_file():

@@ -50,6 +50,7 @@ class Active:
     running: TrialProcess
     started: float
     num_reported: int = 0
+    stamp: object = None  # of the file that the metric was read from last
     pruned: bool = False
     asked: float | None = None  # to end, when
 
@@ -118,7 +119,8 @@ class Runner:
     def _take_over(self) -> None:
         """Finds the trials that an earlier process of this folder left running."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get(OWNER) != self.folder.owner:
+            # In a study of this folder alone, one that nobody owns was begun in the moment of a kill.
+            if trial.user_attrs.get(OWNER, self.folder.owner if self.folder.is_alone else None) != self.folder.owner:
                 continue
             process.end_orphan(self.folder.process(trial.number), self.patience)
             if trial.user_attrs.get(STOPPED):
@@ -126,11 +128,24 @@ class Runner:
             else:
                 self._waiting.append(trial)
 
+    def _again(self, frozen: FrozenTrial) -> Trial:
+        """A trial to go on with, as `ask` would have made it whole."""
+        trial = Trial(self.study, frozen._trial_id)
+        for name, distribution in search.space(self.sweep).items():
+            trial._suggest(name, distribution)
+        return self._owned(trial)
+
+    def _owned(self, trial: Trial) -> Trial:
+        if trial.user_attrs.get(OWNER) is None:
+            trial.set_user_attr(FOLDER, str(self.folder.trial(trial.number)))
+            trial.set_user_attr(OWNER, self.folder.owner)
+        return trial
+
     def _begin_next(self) -> bool:
         """Goes on with a trial or begins one; False where there is none."""
         if self._waiting:
             frozen = self._waiting.pop(0)
-            self._begin(Trial(self.study, frozen._trial_id), len(frozen.intermediate_values))
+            self._begin(self._again(frozen), len(frozen.intermediate_values))
             return True
         if len(self.study.get_trials(deepcopy=False)) >= self.most:
             return False
@@ -139,9 +154,7 @@ class Runner:
             trial.set_user_attr(search.SURPLUS, True)
             self.study.tell(trial, state=TrialState.FAIL)
             return False
-        trial.set_user_attr(OWNER, self.folder.owner)
-        trial.set_user_attr(FOLDER, str(self.folder.trial(trial.number)))
-        self._begin(trial, 0)
+        self._begin(self._owned(trial), 0)
         return True
 
     def _begin(self, trial: Trial, num_reported: int) -> None:
@@ -168,7 +181,11 @@ class Runner:
     def _look(self, active: Active) -> None:
         """Reports what was logged, stops what the pruner gives up, and records what has ended."""
         code = active.running.code()
-        found = metric.history(self.folder.trial(active.trial.number), self.sweep.metric.name)
+        folder = self.folder.trial(active.trial.number)
+        stamp = metric.stamp(folder)
+        changed = code is not None or stamp != active.stamp
+        active.stamp = stamp
+        found = metric.history(folder, self.sweep.metric.name) if changed else []
         for count, (_, value) in enumerate(found[active.num_reported :], active.num_reported + 1):
             active.trial.report(value, count)
             active.num_reported = count

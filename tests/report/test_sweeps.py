@@ -91,7 +91,7 @@ def test_welch_s_interval():
 def test_a_sweep_without_seeds_is_not_compared(sweep):
     parameters = {
         "lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1.0},
-        "drop": {"min": 0.0, "max": 1.0},
+        "drop": {"min": 0.2, "max": 1.0},
     }
     folder = sweep(lambda v: v["drop"] + 0.001 * v["lr"], "free", "random", parameters, "maximize", 30)
     found = read_sweep(folder, Problems())

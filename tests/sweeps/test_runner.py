@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -66,6 +67,17 @@ def test_a_killed_sweep_goes_on_and_loses_nothing(sweeps, wait):
     assert [line.split(",")[0] for line in lines] == [str(step) for step in range(1, 31)]  # no two wrote at once
     assert before > 5
     assert len(trials[1].intermediate_values) == 30
+
+
+def test_a_sweep_killed_while_it_begins_a_trial_leaves_no_hole(sweeps):
+    file = sweeps.write(parameters={"x": {"values": [1, 2, 3]}, "y": {"values": [0, 1]}})
+    sweeps.run(file, "--trials", "1")
+    study = optuna.load_study(study_name="tried", storage=f"sqlite:///{sweeps.out / 'study.db'}")
+    study.ask()  # number 1, without its parameters
+    sweeps.run(file)
+    trials = sweeps.trials()
+    assert states(trials) == [COMPLETE] * 6
+    assert len({(trial.params["x"], trial.params["y"]) for trial in trials}) == 6
 
 
 def test_a_killed_trial_goes_on_where_it_was(sweeps, wait):
