@@ -11,7 +11,7 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.schema import EVALUATION, Evaluation, load
 from imagen_lightning.report.runs import Problems, Run, is_run, read_run
 from imagen_lightning.report.sample_sets import SAMPLES, SampleSet, read_drawn
-from imagen_lightning.report.sweeps import FoundSweep, is_sweep, read_sweep
+from imagen_lightning.report.studies import FoundSweep, is_sweep, read_sweep
 
 BEST_TRIALS = 8  # of a sweep, whose runs the page shows in full
 _DEPTH = 4  # folders below a given one that are looked into

@@ -4,158 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagen_lightning.errors import InputError, counted
+from imagen_lightning.errors import counted
 from imagen_lightning.report import figures
 from imagen_lightning.report.differences import words
 from imagen_lightning.report.markup import Html, element, number
 from imagen_lightning.report.page import Cell, Column, Page, Section, bullets, details, notice, table
-from imagen_lightning.report.runs import Problems
+from imagen_lightning.report.seeds import SEEDS, Group, groups, within
+from imagen_lightning.report.studies import FoundSweep
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-    from optuna.study import Study
 
-INFO = "sweep.json"
-SEEDS = ("seed", "seed_everything", "model.init_args.seed", "data.init_args.seed")
-LEAST_FOR_IMPORTANCE = 4
 _MOST_LINES = 200  # trials in the parallel coordinates
 _FEW = 6  # values of which each is a tick
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One trial.
-
-    Attributes:
-        number: in the study.
-        state: "finished", "pruned", "failed" or "not finished".
-        value: the metric's last one, None where there is none.
-        values: every parameter's, by name.
-        folder: its run folder.
-        seconds: that its processes took.
-        problem: what went wrong, None where nothing did.
-    """
-
-    number: int
-    state: str
-    value: float | None
-    values: Mapping[str, Any]
-    folder: Path
-    seconds: float | None
-    problem: str | None
-
-
-@dataclass(frozen=True)
-class FoundSweep:
-    """A sweep's study.
-
-    Attributes:
-        folder: of the sweep.
-        name: for people.
-        metric: its name.
-        maximize: whether more is better.
-        study: the storage's address.
-        trials: by number.
-        importance: of parameters, sums to 1; {} where too little is known.
-    """
-
-    folder: Path
-    name: str
-    metric: str
-    maximize: bool
-    study: str
-    trials: Sequence[Tried]
-    importance: Mapping[str, float]
-
-    @property
-    def finished(self) -> list[Tried]:
-        """Finished trials, the best first."""
-        found = [(trial, trial.value) for trial in self.trials if trial.state == "finished" and trial.value is not None]
-        sign = -1 if self.maximize else 1
-        return [trial for trial, _ in sorted(found, key=lambda pair: (sign * pair[1], pair[0].number))]
-
-    @property
-    def names(self) -> list[str]:
-        """Parameters that differ between trials."""
-        every = dict.fromkeys(name for trial in self.trials for name in trial.values)
-        return [
-            name
-            for name in every
-            if len({json.dumps(trial.values.get(name), sort_keys=True) for trial in self.trials}) > 1
-        ]
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether a folder is a sweep's."""
-    return (folder / INFO).is_file()
-
-
-def read_sweep(folder: Path, problems: Problems) -> FoundSweep | None:
-    """A sweep from its study; None where that cannot be read, which is noted."""
-    import optuna
-
-    from imagen_lightning.sweeps.folder import STUDY, read_info
-    from imagen_lightning.sweeps.search import storage_of
-
-    try:
-        info = read_info(folder) or {}
-        address = str(info["study"])
-        if address.endswith(f"/{STUDY}") and (folder / STUDY).exists():
-            address = f"sqlite:///{(folder / STUDY).absolute()}"  # of a folder that was moved
-        if "://" not in address and not Path(address).exists():
-            raise InputError(f"there is no journal {address}")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.load_study(study_name=str(info["name"]), storage=storage_of(address))
-    except (InputError, KeyError) as error:
-        problems.add(folder / INFO, f"its study cannot be read: {error}")
-        return None
-    trials = [
-        _tried(trial, folder) for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get("surplus")
-    ]
-    metric = str(info.get("metric") or (study.metric_names or ["metric"])[0])
-    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
-    return FoundSweep(folder, str(info["name"]), metric, maximize, address, trials, _importance(study))
-
-
-def _tried(trial: Any, folder: Path) -> Tried:
-    states = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
-    state = states.get(trial.state.name, "not finished")
-    value = trial.value if state == "finished" else None
-    if value is None and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
-    place = folder / "trials" / f"{trial.number:04d}"
-    return Tried(
-        trial.number,
-        state,
-        value if value is not None and math.isfinite(value) else None,
-        trial.user_attrs.get("values", trial.params),
-        place if place.exists() else Path(trial.user_attrs.get("folder", place)),
-        trial.user_attrs.get("seconds"),
-        trial.user_attrs.get("problem"),
-    )
-
-
-def _importance(study: Study) -> dict[str, float]:
-    """Shares of the metric's variance among the finished trials (PED-ANOVA, Watanabe et al. 2023)."""
-    import optuna
-
-    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    differing = {name for trial in complete for name in trial.params} and {
-        name for name in complete[0].params if len({repr(trial.params.get(name)) for trial in complete}) > 1
-    }
-    if len(complete) < LEAST_FOR_IMPORTANCE or not differing or len({trial.value for trial in complete}) < 2:
-        return {}
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(differing)))
-
-
-# ---- the page
 
 
 def add(page: Page, sweeps: Sequence[FoundSweep]) -> None:
@@ -328,70 +193,6 @@ def _cell(value: Any) -> Cell:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Cell(number(float(value)), float(value))
     return Cell(_text(value), _text(value))
-
-
-# ---- what seeds alone do
-
-
-@dataclass(frozen=True)
-class Group:
-    """Finished trials that differ by their seeds alone.
-
-    Attributes:
-        values: of the parameters but the seeds.
-        metric: of each trial.
-        half: half of the 95% confidence interval of the mean, by Student's t; None for one trial.
-    """
-
-    values: Mapping[str, Any]
-    metric: Sequence[float]
-    half: float | None
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.metric)
-
-
-def groups(sweep: FoundSweep) -> list[Group]:
-    """Settings with their seeds, the best mean first; [] where no setting was tried with two seeds."""
-    from scipy import stats
-
-    found: dict[str, tuple[dict[str, Any], list[float]]] = {}
-    for trial in sweep.finished:
-        settings = {name: trial.values.get(name) for name in sweep.names if name not in SEEDS}
-        assert trial.value is not None
-        found.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(trial.value)
-    if not any(len(values) > 1 for _, values in found.values()):
-        return []
-    made = []
-    for settings, values in found.values():
-        half = None
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-        made.append(Group(settings, values, half))
-    return sorted(made, key=lambda group: -group.mean if sweep.maximize else group.mean)
-
-
-def difference(one: Group, other: Group) -> tuple[float, float] | None:
-    """The 95% interval of the difference of two means by Welch's t test, None for a setting with one seed."""
-    from scipy import stats
-
-    if len(one.metric) < 2 or len(other.metric) < 2:
-        return None
-    gap = one.mean - other.mean
-    parts = [statistics.variance(group.metric) / len(group.metric) for group in (one, other)]
-    error = math.sqrt(sum(parts))
-    if error == 0:
-        return gap, gap
-    freedom = error**4 / sum(part**2 / (len(group.metric) - 1) for part, group in zip(parts, (one, other)))
-    half = float(stats.t.ppf(0.975, freedom)) * error
-    return gap - half, gap + half
-
-
-def within(one: Group, other: Group) -> bool | None:
-    """Whether a difference may be the seeds'; None where that cannot be said."""
-    interval = difference(one, other)
-    return None if interval is None else interval[0] <= 0 <= interval[1]
 
 
 def verdict(sweep: FoundSweep) -> list[str]:

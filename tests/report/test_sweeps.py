@@ -13,8 +13,10 @@ from imagen_lightning.cli.main import main
 from imagen_lightning.report import sweeps
 from imagen_lightning.report.report import build
 from imagen_lightning.report.runs import Problems
+from imagen_lightning.report.seeds import Group, difference, groups, within
 from imagen_lightning.report.sources import read_sources
-from imagen_lightning.report.sweeps import Group, difference, groups, read_sweep, verdict, within
+from imagen_lightning.report.studies import read_sweep
+from imagen_lightning.report.sweeps import verdict
 from imagen_lightning.sweeps.file import read_sweep as read_file
 from imagen_lightning.sweeps.folder import opened
 from imagen_lightning.sweeps.search import open_study, space, values_of
