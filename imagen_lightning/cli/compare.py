@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
     if cascades is not None:
         try:
             _draw(arguments, cascades, prompts.captions)
+        except KeyboardInterrupt:
+            print("\nStopped; the same command goes on", file=sys.stderr)
+            raise
         except OSError as error:
             if (refusal := unwritable(error, arguments.out)) is not None:
                 raise InputError(f"{refusal}; the same command goes on") from None

@@ -151,7 +151,11 @@ def main(argv: list[str]) -> int:
         samples=arguments.samples,
         command=f"imagen-lightning evaluate {shlex.join(argv)}",
     )
-    evaluation = evaluate(request, out)
+    try:
+        evaluation = evaluate(request, out)
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on", file=sys.stderr)
+        raise
     if evaluation is not None:  # the first process tells
         print(evaluation.table)
         print(evaluation.result.verdict)

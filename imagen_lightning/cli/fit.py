@@ -403,6 +403,8 @@ def _quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
     warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+    # Data without validation shards, which is no mistake.
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")
     # In our checkpoints the weights that every verb loads are the average.
     warnings.filterwarnings("ignore", message=r"You're using the WeightAveraging callback, but loading a checkpoint")
 

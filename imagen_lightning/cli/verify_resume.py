@@ -181,7 +181,7 @@ class Verification:
                 self._finish(process)
                 return
             while process.poll() is None and num_steps(run) < target:
-                time.sleep(0.005)
+                time.sleep(0.02)
             # Somewhere in the step, the save or the validation that follows; before the first step, in the start.
             time.sleep(generator.random() * seconds / (2 if target == 0 else arguments.steps))
             if process.poll() is not None:
@@ -245,7 +245,7 @@ def table(found: Sequence[Difference]) -> str:
 
 def _shorter_warmup(configs: Sequence[str], steps: int) -> list[str]:
     """The option that makes a configured warm-up fit into the shortened run."""
-    from imagen_lightning.cli.fit import find_config, read_config
+    from imagen_lightning.cli.configs import find_config, read_config
 
     sections = [read_config(find_config(config)) for config in configs]
     for name in ("model", "init_args", "optimization"):

@@ -16,7 +16,7 @@ from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.filters import Filter, FilterCounts, select_rows
 from imagen_lightning.data.index import cache_folder
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
-from imagen_lightning.data.positioned import PositionedDataModule, list_skips, log_skips, tell_skips
+from imagen_lightning.data.positioned import PositionedDataModule, list_skips, tell_skips
 from imagen_lightning.data.resume import shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
@@ -96,7 +96,7 @@ class LaionDataModule(PositionedDataModule):
             training and validation shards alike. They reach `Batch.text` in place of the shards' own (`text.npz`); the
             stage's encoder must be the one that made them, and its weights are not loaded.
         verify: "sha256" compares each sample with the SHA-256 that its shard's index holds, and skips those that
-            differ; shards without are hashed at setup. "off" trusts the disk.
+            differ; shards without are hashed at setup. "none" trusts the disk.
         cache: folder for remote shards, and for indexes of shards in folders that cannot be written; None is
             $IMAGEN_LIGHTNING_CACHE, else `~/.cache/imagen-lightning`. Processes and runs may share it.
         cache_gb: gigabytes of remote shards that it keeps; it must hold those of two windows, of three with buckets.
@@ -129,7 +129,7 @@ class LaionDataModule(PositionedDataModule):
         num_val: int | None = None,
         filter: dict[str, Any] | str | None = None,
         text_states: str | Path | None = None,
-        verify: Verify = "off",
+        verify: Verify = "none",
         cache: str | Path | None = None,
         cache_gb: float = 20.0,
         decode: Literal["fast", "exact"] = "fast",
@@ -183,10 +183,10 @@ class LaionDataModule(PositionedDataModule):
         list_skips(self.trainer, self.train_skips, self.val_skips)
 
     def teardown(self, stage: str) -> None:
-        tell_skips(self.trainer, self.train_skips, self.val_skips)
+        tell_skips(self.train_skips, self.val_skips)
 
     def on_exception(self, exception: BaseException) -> None:
-        tell_skips(self.trainer, self.train_skips, self.val_skips)
+        tell_skips(self.train_skips, self.val_skips)
 
     def order(self) -> dict[str, Any]:
         dataset = self.training_set()
@@ -261,8 +261,6 @@ class LaionDataModule(PositionedDataModule):
             whole = self.batch_size // self.trainer.world_size if self.trainer.training else 1
             if len(batch) < whole:
                 raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
-            if self.trainer.training:
-                log_skips(self.trainer, self.train_skips, self.val_skips)
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def _open(

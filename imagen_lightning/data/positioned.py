@@ -36,27 +36,11 @@ def list_skips(trainer: Trainer | None, train: SkipLog, val: SkipLog) -> None:
             skips.list_in(Path(trainer.default_root_dir) / "skipped.jsonl", past=trainer.is_global_zero)
 
 
-def log_skips(trainer: Trainer, train: SkipLog, val: SkipLog) -> None:
-    """Sends the numbers of samples that this process skipped, by reason, to a fit's loggers when they are due."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    if trainer.loggers and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-        _send_skips(trainer, train, val)
-
-
-def _send_skips(trainer: Trainer, train: SkipLog, val: SkipLog) -> None:
-    splits = (("train", train.counts), ("val", val.counts))
-    counts = {f"skipped/{split}/{reason}": float(count) for split, found in splits for reason, count in found.items()}
-    for logger in trainer.loggers if counts and trainer.state.fn == "fit" else []:
-        logger.log_metrics(counts, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def tell_skips(trainer: Trainer | None, train: SkipLog, val: SkipLog) -> None:
+def tell_skips(train: SkipLog, val: SkipLog) -> None:
     """Says how many samples were skipped, and why, at an end."""
     for name, skips in (("training", train), ("validation", val)):
         if skips.counts:
             log.warning("%s: %s", name, skips.summary())
-    if trainer is not None:
-        _send_skips(trainer, train, val)
 
 
 class PositionedDataModule(LightningDataModule):

@@ -60,7 +60,7 @@ __all__ = [
     "open_shards",
 ]
 
-Verify = Literal["off", "sha256"]
+Verify = Literal["none", "sha256"]
 Members = tuple[bytes | None, bytes | None, bytes | None, bytes | None]
 
 _MAX_OPEN_FILES = 64
@@ -122,7 +122,7 @@ def _expand_paths(text: str) -> list[str]:
 def open_shards(
     patterns: str | Path | Sequence[str | Path],
     *,
-    verify: Verify = "off",
+    verify: Verify = "none",
     cache: Path | None = None,
     cache_bytes: int = 20 * 10**9,
     read_ahead: int = 16,
@@ -140,8 +140,8 @@ def open_shards(
     Raises:
         InputError: see `list_shards`; a shard that cannot be read, or a cache that is too small for `read_ahead`.
     """
-    if verify not in ("off", "sha256"):
-        raise InputError(f"verify {verify!r} is unknown; give 'off' or 'sha256'")
+    if verify not in ("none", "sha256"):
+        raise InputError(f"verify {verify!r} is unknown; give 'none' or 'sha256'")
     names = list_shards(patterns)
     folder = cache or cache_folder()
     remote = ShardCache(folder, cache_bytes) if any(is_remote(name) for name in names) else None
@@ -169,7 +169,7 @@ class Shards:
         cache: where remote shards are read from.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex], verify: Verify = "off", cache: ShardCache | None = None) -> None:
+    def __init__(self, indexes: Sequence[ShardIndex], verify: Verify = "none", cache: ShardCache | None = None) -> None:
         self.indexes = list(indexes)
         self.verify = verify
         self.cache = cache

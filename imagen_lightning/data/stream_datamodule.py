@@ -15,13 +15,7 @@ from torch.utils.data import DataLoader
 from imagen_lightning.data.datamodule import LaionDataModule
 from imagen_lightning.data.dataset import Decoder, LoadedBatch, ShardDataset
 from imagen_lightning.data.filters import Filter, FilterCounts
-from imagen_lightning.data.positioned import (
-    PositionedDataModule,
-    leave_signals_to_parent,
-    list_skips,
-    log_skips,
-    tell_skips,
-)
+from imagen_lightning.data.positioned import PositionedDataModule, leave_signals_to_parent, list_skips, tell_skips
 from imagen_lightning.data.skips import SkipLog
 from imagen_lightning.data.stream import ShardStream, StreamBatch, collate_stream, stream_addresses
 from imagen_lightning.data.text_states import check_stage
@@ -155,7 +149,7 @@ class StreamingLaionDataModule(PositionedDataModule):
         self._tell()
 
     def _tell(self) -> None:
-        tell_skips(self.trainer, self.train_skips, self.val_skips)
+        tell_skips(self.train_skips, self.val_skips)
         if "train" in self.filter_counts and self.filter_counts["train"].num_samples:
             log.warning("train: filter: %s", self.filter_counts["train"])
 
@@ -208,7 +202,6 @@ class StreamingLaionDataModule(PositionedDataModule):
             self.train_skips.record(len(batch), batch.skips)
             if len(batch) < self._share():
                 self._complain(batch)
-            log_skips(self.trainer, self.train_skips, self.val_skips)
             rank, _ = self._process()
             batch.positions = self._handed + self._share() * rank + torch.arange(len(batch))
         elif isinstance(batch, LoadedBatch):

@@ -91,6 +91,10 @@ class Judge:
     higher_is_better: bool
     percent: bool
 
+    def quality(self, measured: Measured) -> float:
+        """The number, its sign so that more is better."""
+        return (1 if self.higher_is_better else -1) * measured.number(self.metric)
+
 
 class Measurer:
     """Measures chains; a chain that was measured by the same networks is read from `folder`.
@@ -184,7 +188,9 @@ class Measurer:
         return measured
 
     def _key(self) -> list[str]:
-        named = [*self.extractors, *([self.lpips] if self.lpips is not None else [])]
+        named: list[FeatureExtractor | LPIPS] = [*self.extractors]
+        if self.lpips is not None:
+            named.append(self.lpips)
         return [f"{network.name} {network.sha256}" for network in named]
 
     def _protocol(self, drawing: Drawing, images: ImageSet, chain: Chain | None) -> Protocol:

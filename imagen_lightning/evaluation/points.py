@@ -82,6 +82,16 @@ def _point(
     return tuple(cascade.settings(**settings))
 
 
+def best_point(quality: Sequence[float], settings: Sequence[Sequence[StageSettings]]) -> int:
+    """The point of the highest quality; among equals the one of the fewest network evaluations, then the first."""
+    return max(range(len(quality)), key=lambda place: (quality[place], -num_evaluations(settings[place]), -place))
+
+
+def num_evaluations(settings: Sequence[StageSettings]) -> int:
+    """Of the networks for one image; guidance other than 1 takes two a step."""
+    return sum(setting.steps * (1 if setting.guidance == 1 else 2) for setting in settings)
+
+
 def pareto(quality: Sequence[float], cost: Sequence[float]) -> list[int]:
     """The points that no other beats: none has at least the quality at no more cost, and one of the two better."""
     kept = []

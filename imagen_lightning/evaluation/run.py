@@ -28,7 +28,7 @@ from imagen_lightning.evaluation.identity import weights_sha256
 from imagen_lightning.evaluation.matrix import picture_of, picture_of_real, row_of, run_matrix
 from imagen_lightning.evaluation.measures import Judge, Measured, Measurer
 from imagen_lightning.evaluation.pictures import save_picture
-from imagen_lightning.evaluation.points import Axes, points
+from imagen_lightning.evaluation.points import Axes, best_point, points
 from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.prompts import read_prompts
 from imagen_lightning.evaluation.schema import Evaluation, Row, save
@@ -110,6 +110,7 @@ def _evaluate(
     with processes() as (part, meet):
         if part.rank == 0:
             _begin(out, request, identity, data)
+            write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
         meet()
         drawing = Drawing(
             cascade,
@@ -134,7 +135,7 @@ def _evaluate(
         rows, verdict = matrix.rows, matrix.verdict
     else:
         rows = [row_of(drawing, chain, item) for chain, item in zip(whole, measured)]
-        verdict = sweep_verdict(rows, measured, measurer.judges(measured))
+        verdict = sweep_verdict(rows, chosen, measured, measurer.judges(measured))
         rows += [row for row, item in zip(rows, measured) for row in _categories(data, row, item)]
     if judge is not None:
         best = _best(request, whole, [row_of(drawing, *pair) for pair in zip(whole, measured)], measured, judge)
@@ -238,10 +239,9 @@ def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> N
                     f"{plan[key]!r}; give another folder"
                 )
         return
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= {"samples"}):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {str(out)!r} is not empty and holds no evaluation; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
     write_json(path, plan)
 
 
@@ -289,8 +289,7 @@ def _best(
     request: Request, whole: Sequence[Chain], rows: Sequence[Row], measured: Sequence[Measured], judge: Judge
 ) -> dict[str, Any]:
     """The best point by the judge, with its evidence."""
-    sign = 1 if judge.higher_is_better else -1
-    point = max(range(len(whole)), key=lambda number: sign * measured[number].number(judge.metric))
+    point = best_point([judge.quality(item) for item in measured], [chain.settings for chain in whole])
     value = measured[point].value(judge.metric).to_json()
     return {
         "chosen_by": judge.metric,

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from imagen_lightning.cascade import StageSettings
 from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.measures import CAPTION_ACCURACY, Judge, Measured
-from imagen_lightning.evaluation.points import pareto
+from imagen_lightning.evaluation.points import best_point, pareto
 from imagen_lightning.evaluation.schema import Evaluation, Row
 
 _SETTINGS = ("guidance", "steps", "aug_level", "sampler")
@@ -53,13 +54,18 @@ def settings_of(row: Row, names: Sequence[str] = _SETTINGS) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {_short(row.settings.get(name))}" for name in names)
 
 
-def sweep_verdict(rows: Sequence[Row], measured: Sequence[Measured], judges: Sequence[Judge]) -> str:
-    """The best point by the first judge, and the points that no faster one equals."""
+def sweep_verdict(
+    rows: Sequence[Row],
+    settings: Sequence[Sequence[StageSettings]],
+    measured: Sequence[Measured],
+    judges: Sequence[Judge],
+) -> str:
+    """The best point by the first judge, and of the quicker ones those that no other beats in quality and time."""
     if not judges:
         return "nothing was measured: these prompts have no real images; give --clip for the CLIP score"
     judge = judges[0]
-    quality = [(1 if judge.higher_is_better else -1) * item.number(judge.metric) for item in measured]
-    best = max(range(len(rows)), key=quality.__getitem__)
+    quality = [judge.quality(item) for item in measured]
+    best = best_point(quality, settings)
     value = measured[best].value(judge.metric)
     if len(rows) == 1:
         return f"{judge.metric}: {cell(value.to_json())} at {settings_of(rows[0])}"
@@ -77,7 +83,7 @@ def sweep_verdict(rows: Sequence[Row], measured: Sequence[Measured], judges: Seq
     seconds = {place: row.seconds_per_image for place, row in enumerate(rows) if row.seconds_per_image is not None}
     places = list(seconds)
     front = [places[k] for k in pareto([quality[place] for place in places], list(seconds.values()))]
-    quicker = [place for place in front if place != best]
+    quicker = [place for place in front if place != best and seconds[place] < seconds.get(best, 0)]
     if quicker:
         parts.append(
             "quicker, and the best at their time: "

@@ -18,7 +18,7 @@ _LAYOUT = """
 .answers button:hover { background: var(--hover); }
 kbd { border: 1px solid var(--line); border-radius: 4px; padding: 0 0.35em; font: inherit; color: var(--soft); }
 #prompt { font-size: 1.25rem; text-align: center; margin: 0.5rem 0; }
-#question { text-align: center; color: var(--soft); }
+#question { text-align: center; font-weight: 600; }
 """
 
 _SCRIPT = """
@@ -109,8 +109,7 @@ def ballot_page() -> Html:
         "div",
         element("p", id="prompt"),
         element("p", id="question"),
-        element("div", side("left", "Left"), side("right", "Right"), class_="sides"),
-        element(
+        element(  # above the images: however many these are, the answers are in sight
             "div",
             answer("left", "Left", "←"),
             answer("tie", "No difference", "↓"),
@@ -118,6 +117,7 @@ def ballot_page() -> Html:
             element("button", "Back ", element("kbd", "⌫"), type="button", id="back"),
             class_="answers",
         ),
+        element("div", side("left", "Left"), side("right", "Right"), class_="sides"),
         id="voting",
         hidden=True,
     )

@@ -201,7 +201,7 @@ def _letter(place: int) -> str:
     return (chr(96 + first) if first else "") + chr(97 + second)
 
 
-_LOWER = ("fid", "fd", "kid", "lpips", "bits", "loss", "shift", "distance", "denoising")
+_LOWER = ("fid", "fd", "kid", "kd", "lpips", "bits", "loss", "shift", "distance", "denoising")
 
 
 def lower_is_better(metric: str) -> bool:

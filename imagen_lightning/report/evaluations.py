@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from imagen_lightning.report.values import protocol_list, value_cell, value_hint
 
 MOST_PICTURES = 24
 PICTURE_SIDE = 1200  # px
+CATEGORY = "category"
 GIVEN = {"real": "real low-res", "generated": "generated low-res", "chain": "whole cascade"}
 
 
@@ -40,9 +41,15 @@ def add(page: Page, found: Sequence[FoundEvaluation], problems: Problems) -> Non
     if not lines:
         return
     section = page.section("Evaluation", "evaluation")
-    for alike in _groups(lines):
+    whole = [line for line in lines if CATEGORY not in line.row.settings]
+    for alike in _groups(whole):
         names = dict.fromkeys(line.source.name for line in alike)
         section.add(element("h3", ", ".join(names)), *_table(alike, several=len(names) > 1))
+    for source in found:
+        parts = [line for line in lines if line.source is source and CATEGORY in line.row.settings]
+        if parts:
+            section.add(element("h3", f"{source.name}, by category"), *_by_category(parts))
+    lines = whole
     _pictures(section, lines, problems)
     _pareto(page, lines)
 
@@ -114,6 +121,31 @@ def _table(lines: Sequence[Line], several: bool) -> list[Html]:
         body = [[*row, *_cells(parts, place)] for place, row in enumerate(rows)]
         made.append(details("Parts of metrics", table([*head, *_titles(parts)], body, caption="Parts of metrics")))
     return made
+
+
+def _by_category(lines: Sequence[Line]) -> list[Html]:
+    """The parts of one set of prompts, each with its number of captions, in which alone their values differ."""
+    shown = [replace(line, values=tuple(_of_the_set(value) for value in line.values)) for line in lines]
+    names = [name for name in figures.settings_that_vary([line.row.settings for line in shown]) if name != CATEGORY]
+    compared = [name for name in MADE if name in names]
+    columns = value_columns([line.values for line in shown], compared)
+    settings = [Column(name.replace("_", " ").capitalize()) for name in names]
+    rows = [
+        [
+            str(line.row.settings[CATEGORY]),
+            max((value.protocol.num_samples or 0 for value in line.values), default=0),
+            *_settings(line, names),
+            *_cells(columns, place),
+        ]
+        for place, line in enumerate(lines)
+    ]
+    head: list[Column | str] = ["Category", Column("Captions", numeric=True), *settings, *_titles(columns)]
+    return [table(head, rows, caption=f"{counted(len(rows), 'row')}; a title sorts"), protocol_list(columns, compared)]
+
+
+def _of_the_set(value: Value) -> Value:
+    """The value without what tells a part of a set of prompts from the others."""
+    return replace(value, protocol=replace(value.protocol, num_samples=None, prompts=None))
 
 
 def _settings(line: Line, names: Sequence[str]) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from imagen_lightning.errors import counted
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.comparable import ValueColumn, lower_is_better
 from imagen_lightning.report.figures import setting
@@ -15,7 +16,7 @@ _WORDS = {
     "extractor_sha256": "extractor weights {}",
     "resize_filter": "resized by {}",
     "image_size": "{} px",
-    "num_samples": "{} samples",
+    "num_samples": "{}",
     "reference_name": "reference: {}",
     "reference": "reference {}",
     "prompts": "captions {}",
@@ -127,5 +128,8 @@ def protocol_facts(protocol: Protocol, without: Collection[str] = ()) -> dict[st
     for name, pattern in _WORDS.items():
         value = content.get(name)
         if value is not None and name not in without:
+            if name == "num_samples":
+                facts[name] = counted(int(value), "sample")
+                continue
             facts[name] = pattern.format(str(value)[:10] if name in _HASHES else setting(value))
     return facts

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,22 @@ def test_from_images_to_the_result(cascades):
     for name in ("a", "b"):
         assert len(list((cascades / "vote" / name).glob("*.png"))) == 6
     assert main([*COMMAND, "--result"]) == 0
+
+
+def test_a_cascade_that_was_trained_on_is_another(cascades, capsys, monkeypatch):
+    def ctrl_c(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imagen_lightning.evaluation.compare.BallotServer.serve_forever", ctrl_c)
+    assert main(COMMAND) == 0
+    assert main(COMMAND) == 0
+    shutil.rmtree("one")
+    Cascade.load("two").save("one")
+    capsys.readouterr()
+    assert main(COMMAND) == 2
+    assert "its a_sha256 is" in capsys.readouterr().err
+    shutil.rmtree("one")
+    assert main([*COMMAND, "--result"]) == 0  # votes are read without the cascades
 
 
 @pytest.mark.parametrize(

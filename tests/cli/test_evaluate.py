@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from torch import nn
@@ -92,6 +94,65 @@ def test_a_sweep_shares_the_base_and_saves_the_best_point(cascade, capsys):
     assert "saved to cascade" in capsys.readouterr().out
 
 
+def test_evidence_is_written_once(cascade):
+    arguments = (
+        "--data",
+        "shapes",
+        "--num",
+        "4",
+        "--out",
+        "eval",
+        "--guidance",
+        "base=1,2",
+        "--save-best",
+        "FD-random",
+    )
+    assert run(*arguments) == 0
+    once = (cascade / "cascade" / "cascade.json").read_text()
+    assert run(*arguments) == 0
+    assert (cascade / "cascade" / "cascade.json").read_text() == once
+
+
+def test_a_cascade_that_cannot_be_written_is_refused_before_the_work(cascade, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever tests may be root, who may write everywhere
+    assert run("--data", "shapes", "--num", "4", "--out", "eval", "--save-best", "FD-random") == 2
+    assert "'cascade', which cannot be written" in capsys.readouterr().err
+    assert not (cascade / "eval").exists()
+
+
+def test_stages_without_text_in_bf16(cascade):
+    plain = {name: value for name, value in SMALL.items() if name != "text_dim"}
+    base = BaseStage(
+        8, UNet(**plain, text_dim=None, attention=[False, False]), sampling=Sampling(num_steps=2, guidance=1.0)
+    )
+    Cascade([base]).save("plain")
+    arguments = ["--data", "shapes", "--num", "4", "--out", "eval", "--precision", "bf16"]
+    assert main(["evaluate", "plain", *arguments]) == 0
+    row = schema.load("eval").rows[0]
+    assert (row.stage, row.input) == ("base", None)
+    assert {value["protocol"]["precision"] for value in row.values} == {"bf16"}
+
+
+def test_super_resolution_alone(cascade, capsys):
+    Cascade([Cascade.load("cascade").stages[1]]).save("alone")
+    assert main(["evaluate", "alone", "--data", "shapes", "--num", "4", "--out", "eval"]) == 0
+    found = schema.load("eval")
+    assert [(row.stage, row.input) for row in found.rows] == [("sr_16", "real"), ("real images, 16 px", None)]
+    assert "PSNR" in {value["metric"] for value in found.rows[0].values}
+    (cascade / "prompts.txt").write_text("a dog\n")
+    capsys.readouterr()
+    assert main(["evaluate", "alone", "--prompts", "prompts.txt", "--out", "other"]) == 2
+    assert "needs images; give --data" in capsys.readouterr().err
+
+
+def test_captions_and_pictures_of_real_images_are_kept(cascade):
+    assert run("--data", "shapes", "--num", "4", "--out", "eval") == 0
+    captions = json.loads((cascade / "eval" / "samples" / "captions.json").read_text())
+    assert len(captions) == 4
+    for row in schema.load("eval").rows:
+        assert (cascade / "eval" / row.samples).is_file()
+
+
 def test_an_evaluation_goes_on_and_refuses_another_one_s_folder(cascade, capsys):
     arguments = ("--data", "shapes", "--num", "4", "--out", "eval")
     assert run(*arguments) == 0
@@ -152,6 +213,40 @@ def test_refusals_leave_nothing(cascade, capsys, arguments, words):
     assert not (cascade / "eval").exists()
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"), [("FD-random", "give --clip"), ("CLIP score", "give --clip"), ("caption accuracy", "--clip")]
+)
+def test_what_cannot_be_measured_chooses_no_point(cascade, capsys, metric, words):
+    (cascade / "prompts.txt").write_text("a dog\na cat\n")
+    assert run("--prompts", "prompts.txt", "--out", "eval", "--guidance", "base=1,2", "--save-best", metric) == 2
+    assert words in capsys.readouterr().err
+    assert not (cascade / "eval").exists()
+
+
+def test_a_full_disk_leaves_what_can_go_on(cascade):
+    arguments = [
+        "-m",
+        "imagen_lightning",
+        "evaluate",
+        "cascade",
+        "--data",
+        "shapes",
+        "--num",
+        "300",
+        "--out",
+        "eval",
+        "--batch-size",
+        "300",
+    ]
+    # 4 blocks of 1024 bytes hold any image of 16 px, and not the captions
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", sys.executable, *arguments]
+    first = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 2
+    assert "captions.json cannot be written: File too large" in first.stderr
+    assert not list((cascade / "eval").rglob("*.partial"))
+    assert main(arguments[2:]) == 0
+
+
 def test_a_folder_that_holds_something_else_is_refused(cascade, capsys):
     (cascade / "eval").mkdir()
     (cascade / "eval" / "thesis.txt").write_text("mine")
@@ -160,22 +255,77 @@ def test_a_folder_that_holds_something_else_is_refused(cascade, capsys):
     assert [path.name for path in (cascade / "eval").iterdir()] == ["thesis.txt"]
 
 
-def test_two_processes_share_the_drawing(cascade):
+def start_two(command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "imagen_lightning", "evaluate", "cascade", "--data", "shapes", "--num", "5"]
-    command += ["--batch-size", "2"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, "--out", "shared"],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    return [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
+
+
+def drawn(folder, least):
+    """Waits for that many images."""
+    for _ in range(1200):
+        if len(list(folder.glob("samples/*-*/*.png"))) >= least:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(folder)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_a_dead_one_ends(cascade):
+    arguments = [
+        "evaluate",
+        "cascade",
+        "--data",
+        "shapes",
+        "--num",
+        "64",
+        "--batch-size",
+        "2",
+        "--steps",
+        "20",
+        "--out",
+        "eval",
+    ]
+    waiting, dead = start_two([sys.executable, "-m", "imagen_lightning", *arguments])
+    drawn(cascade / "eval", 4)
+    dead.kill()
+    error = waiting.communicate(timeout=60)[1]
+    dead.communicate()
+    assert waiting.returncode == 2
+    assert "another process has ended" in error
+    assert main(arguments) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_process_that_was_stopped_goes_on(cascade, number, code):
+    arguments = ["evaluate", "cascade", "--data", "shapes", "--num", "64", "--batch-size", "2", "--steps", "20"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "imagen_lightning", *arguments, "--out", "eval"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        drawn(cascade / "eval", 10)
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert number == signal.SIGKILL or "Stopped; the same command goes on" in error
+    for out in ("eval", "whole"):
+        assert main([*arguments, "--out", out]) == 0
+    one, other = schema.load("eval"), schema.load("whole")
+    for row, same in zip(one.rows, other.rows, strict=True):
+        assert [value["protocol"] for value in row.values] == [value["protocol"] for value in same.values]
+        numbers = [[value["value"] for value in item.values] for item in (row, same)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-9)
+
+
+def test_two_processes_share_the_drawing(cascade):
+    command = [sys.executable, "-m", "imagen_lightning", "evaluate", "cascade", "--data", "shapes", "--num", "5"]
+    command += ["--batch-size", "2"]
+    processes = start_two([*command, "--out", "shared"])
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert main([*command[3:], "--out", "alone"]) == 0

@@ -480,7 +480,7 @@ def test_bad_files_and_folders(cli, capsys):
     assert "run folder 'stage.yaml/run' cannot be made: Not a directory" in line
 
 
-def test_a_run_stopped_for_bad_images_goes_on(cli, capsys):
+def test_a_run_stopped_for_bad_images_goes_on(cli, capsys, recwarn):
     Path("shards").mkdir()
     with ShardWriter(Path("shards"), "train", 60) as writer:
         for number in range(60):
@@ -498,6 +498,7 @@ def test_a_run_stopped_for_bad_images_goes_on(cli, capsys):
     more = ["--data.init_args.max_skip_share", 0.5, "--trainer.max_steps", step + 1]
     assert cli("fit", "--run", "run", "--resume", *more) == 0
     assert checkpoint("run")["global_step"] == step + 1
+    assert not [warning for warning in recwarn if "Total length" in str(warning.message)]  # of no validation shards
 
 
 # ---- processes

@@ -14,7 +14,6 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from imagen_lightning.components import describe_args
@@ -279,39 +278,6 @@ def test_unusable_samples_are_replaced_counted_and_listed(tmp_path, num_workers,
     assert "6 samples skipped: 2 caption missing" in caplog.text
     fit(LaionDataModule(shards, image_size=8, batch_size=4, max_skip_share=0.1), run, 40)  # lists nothing twice
     assert len((run / "skipped.jsonl").read_text().splitlines()) == len(wrong)
-
-
-class Memory(Logger):
-    """A logger that keeps what it is given."""
-
-    name = version = "memory"
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_):
-        pass
-
-
-def test_skips_reach_the_loggers_by_reason(tmp_path):
-    def spoil(number, members):
-        return {**members, "png": b"broken"} if number % 20 == 7 else members
-
-    shards = write_shards(tmp_path, [40], spoil)
-    data = LaionDataModule(shards, shards, image_size=8, batch_size=4, max_skip_share=0.5)
-    memory = Memory()
-    trainer = Trainer(
-        max_steps=11, accelerator="cpu", logger=memory, log_every_n_steps=5, barebones=False, val_check_interval=10,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Recorder(), datamodule=data)
-    rows = [(step, row) for step, row in memory.rows if any(name.startswith("skipped/") for name in row)]
-    assert {step for step, _ in rows} <= {0, 5, 10, 11}
-    assert rows[-1] == (11, {"skipped/train/undecodable image": 2.0, "skipped/val/undecodable image": 2.0})
 
 
 def test_too_many_skips_stop_the_run(tmp_path):

@@ -486,7 +486,7 @@ def test_an_index_without_its_shard_is_replaced_by_the_next_writer(tmp_path, mon
 
 def _open_all(arguments):
     folder, hashes = arguments
-    return [index.num_samples for index in open_shards(folder, verify="sha256" if hashes else "off").indexes]
+    return [index.num_samples for index in open_shards(folder, verify="sha256" if hashes else "none").indexes]
 
 
 def test_processes_that_index_at_once_do_not_disturb_each_other(tmp_path):

@@ -1,8 +1,11 @@
 """Drawing once: the chain's own images, kept, gone on with, and shared by processes."""
 
+import json
+
 import pytest
 import torch
 
+from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import load_evaluation_set
 from imagen_lightning.evaluation.drawing import Chain, Drawing, Part, chains
 from imagen_lightning.images import downsample, to_float, to_uint8
@@ -86,3 +89,31 @@ def test_processes_draw_their_parts_and_read_all(cascade, draw):
     costs = {path.name for path in parts[0].draw(chain).folder.glob("cost-*")}
     assert costs == {"cost-00000.json", "cost-00002.json", "cost-00004.json"}
     assert Part(1, 2).batches(NUM, 2) == [slice(2, 4)]
+
+
+def test_a_drawing_that_was_killed_while_it_wrote_knows_its_cost(cascade, draw):
+    chain = Chain(0, 0, tuple(cascade.settings()[:1]))
+    first = draw().draw(chain)
+    for number in (2, 3, 4):  # killed with the first batch's images behind it and the second's cost
+        (first.folder / f"{number:05d}.png").unlink()
+    (first.folder / "cost-00004.json").unlink()
+    again = draw().draw(chain)
+    assert torch.equal(again.images[:], first.images[:])
+    costs = [json.loads(path.read_text()) for path in sorted(first.folder.glob("cost-*.json"))]
+    assert [cost["images"] for cost in costs] == [2, 2, 1]  # each image's once
+    assert again.seconds_per_image == pytest.approx(sum(cost["seconds"] for cost in costs) / NUM)
+
+
+def test_a_damaged_image_is_named(cascade, draw):
+    drawn = draw().draw(Chain(0, 0, tuple(cascade.settings()[:1])))
+    path = drawn.folder / "00001.png"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"00001.png cannot be read .*; delete it and run the same command again"):
+        drawn.images[:]
+
+
+def test_images_are_not_held(cascade, draw):
+    drawn = draw().draw(whole(cascade))
+    before = drawn.images[:]
+    (drawn.folder / "00000.png").write_bytes((drawn.folder / "00001.png").read_bytes())
+    assert torch.equal(drawn.images[:][0], before[1])

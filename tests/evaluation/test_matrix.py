@@ -134,6 +134,33 @@ def test_a_wrong_aug_level_is_named(good, tmp_path):
     assert found.verdict.startswith("sr_64 costs the most")
 
 
+def test_three_stages_are_each_measured_on_all_inputs_and_their_costs_add_up(tmp_path):
+    torch.manual_seed(0)
+    middle = trained(SuperResolutionStage(
+        32, 16,
+        EfficientUNet(dim=8, multipliers=[1], num_blocks=1, attention=["none"], groups=4, text_dim=None),
+        aug_level=0.0, sampling=Sampling(num_steps=1, guidance=1.0),
+    ), 32, 2)  # fmt: skip
+    first = Answers(16, base_stage().network, text=TextSettings(TinyTextEncoder(dim=16, max_tokens=64)))
+    found = matrix(Cascade([first, middle, sr_stage().eval()]), tmp_path)
+    assert [(row.stage, row.input) for row in found.rows] == [
+        ("base", None),
+        ("sr_32", "generated"),
+        ("sr_64", "chain"),
+        ("sr_32", "real"),
+        ("sr_64", "generated"),
+        ("sr_64", "real"),
+        *((f"real images, {size} px", None) for size in (16, 32, 64)),
+    ]
+    numbers = accuracy(found)
+    costs = found.judgements[0].costs
+    lost = numbers["real images, 64 px", None] - numbers["sr_64", "chain"]
+    assert [cost.stage for cost in costs] == ["base", "sr_32", "sr_64"]
+    assert sum(cost.value for cost in costs) == pytest.approx(lost, abs=1e-12)
+    chains_seconds = {(row.stage, row.input): row.seconds_per_image for row in found.rows}
+    assert chains_seconds["sr_64", "chain"] > chains_seconds["sr_32", "generated"] > chains_seconds["base", None]
+
+
 def test_what_was_measured_is_read_again(good, tmp_path):
     first = matrix(good, tmp_path)
     paths = sorted((tmp_path / "measured").glob("*.json"))

@@ -3,7 +3,7 @@
 import pytest
 
 from imagen_lightning.errors import InputError
-from imagen_lightning.evaluation.points import Axes, pareto, points
+from imagen_lightning.evaluation.points import Axes, best_point, pareto, points
 
 
 def described(chosen):
@@ -50,3 +50,13 @@ def test_refusals(cascade, axes, words):
 def test_pareto():
     assert pareto([1.0, 2.0, 3.0, 3.0, 0.5], [1.0, 2.0, 2.0, 5.0, 0.1]) == [0, 2, 4]
     assert pareto([1.0, 1.0], [1.0, 1.0]) == [0, 1]  # equals do not beat each other
+
+
+def test_of_equal_points_the_cheaper_one_is_the_best(cascade):
+    found = [
+        tuple(cascade.settings(steps=[steps, None], guidance=[weight, None]))
+        for steps, weight in ((4, 1), (3, 1), (3, 2))
+    ]
+    assert best_point([1.0, 1.0, 1.0], found) == 1
+    assert best_point([1.0, 0.9, 1.0], found) == 0
+    assert best_point([0.5, 0.9, 1.0], found) == 2

@@ -123,6 +123,7 @@ LOWER = (
     "FID",
     "FD-random",
     "KID",
+    "KD-random",
     "CLIP-FID",
     "LPIPS",
     "train/loss",
