@@ -5,7 +5,7 @@ from imagen_lightning.callbacks.checkpoint import Checkpoint, NonFiniteWeightsEr
 from imagen_lightning.callbacks.distances import FID, KID
 from imagen_lightning.callbacks.ema import EMA, averaged_weights
 from imagen_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
-from imagen_lightning.callbacks.loggers import RunCSVLogger, wandb_logger
+from imagen_lightning.callbacks.loggers import RunCSVLogger, wandb_agent_run, wandb_logger
 from imagen_lightning.callbacks.noise_level_loss import NoiseLevelLoss
 from imagen_lightning.callbacks.probes import Probes
 from imagen_lightning.callbacks.progress import StepProgress
@@ -37,5 +37,6 @@ __all__ = [
     "read_run_info",
     "run_dir",
     "update_run_info",
+    "wandb_agent_run",
     "wandb_logger",
 ]

@@ -182,7 +182,8 @@ def wandb_logger(
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    identity = read_run_info(folder).get("wandb_id") or secrets.token_hex(4)
+    agent = wandb_agent_run()
+    identity = read_run_info(folder).get("wandb_id") or (agent[1] if agent else secrets.token_hex(4))
     if getattr(rank_zero_only, "rank", 0) == 0:
         update_run_info(folder, wandb_id=identity)
     mode = None if os.environ.get("WANDB_MODE") else "online" if _has_wandb_key() else "offline"
@@ -199,6 +200,12 @@ def wandb_logger(
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes what W&B no longer knows and warns of
     return logger
+
+
+def wandb_agent_run() -> tuple[str, str] | None:
+    """The sweep and the run that W&B's agent started this process for, or None."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return (sweep, run) if sweep and run else None
 
 
 def log_table(logger: WandbLogger, key: str, columns: Mapping[str, Sequence[Any]], step: int) -> None:

@@ -16,7 +16,11 @@ from imagen_lightning.text import T5TextEncoder
 from imagen_lightning.types import Batch, Conditioning, Text
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-NAMES = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.rglob("*.yaml"))
+NAMES = sorted(
+    str(path.relative_to(EXPERIMENTS))
+    for path in EXPERIMENTS.rglob("*.yaml")
+    if path.parent.name not in ("overlays", "sweeps")  # tests/sweeps looks at these
+)
 CHAINS = [
     ("quickstart/base.yaml", "quickstart/sr.yaml"),
     ("domain/emoji/base_64.yaml", "domain/emoji/sr_256.yaml"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,13 @@ def parser() -> Parser:
         "--num", type=int, metavar="N", help="samples, evenly spaced (default 200 of --data, all of --prompts)"
     )
     made.add_argument("--out", required=True, type=Path, metavar="DIR", help="new, or that of the same evaluation")
+    made.add_argument(
+        "--samples",
+        type=Path,
+        metavar="DIR",
+        help="where images are kept, and found where an evaluation with the same settings drew them (default "
+        "OUT/samples)",
+    )
     for name, example in (
         ("guidance", "1,1.5,2"),
         ("steps", "10,25"),
@@ -96,6 +104,22 @@ def axes_of(arguments: argparse.Namespace) -> dict[str, dict[str, Sequence[Any]]
     return found
 
 
+def agent_folder(out: Path) -> Path:
+    """OUT, or OUT/SWEEP/RUN where W&B's agent started this process: each trial then has its own."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return out / sweep / run if sweep and run else out
+
+
+def log_to_agent(out: Path) -> None:
+    """Sends the whole cascade's numbers to the run that W&B's agent started."""
+    import wandb
+
+    from imagen_lightning.sweeps.metric import evaluation_values
+
+    with wandb.init() as run:
+        run.log(evaluation_values(out))
+
+
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     axes = axes_of(arguments)
@@ -106,6 +130,7 @@ def main(argv: list[str]) -> int:
 
     from imagen_lightning.evaluation.run import Request, evaluate
 
+    out = agent_folder(arguments.out)
     request = Request(
         cascade=arguments.cascade,
         data=arguments.data,
@@ -123,10 +148,11 @@ def main(argv: list[str]) -> int:
         features=tuple(arguments.features),
         save_best=arguments.save_best,
         trust=tuple(arguments.trust),
+        samples=arguments.samples,
         command=f"imagen-lightning evaluate {shlex.join(argv)}",
     )
     try:
-        evaluation = evaluate(request, arguments.out)
+        evaluation = evaluate(request, out)
     except KeyboardInterrupt:
         print("\nStopped; the same command goes on", file=sys.stderr)
         raise
@@ -135,8 +161,10 @@ def main(argv: list[str]) -> int:
         print(evaluation.result.verdict)
         if evaluation.best is not None:
             print(evaluation.best)
+        if out != arguments.out:
+            log_to_agent(out)
         print(
-            f"Wrote {counted(len(evaluation.result.rows), 'row')} to {arguments.out / 'evaluation.json'}",
+            f"Wrote {counted(len(evaluation.result.rows), 'row')} to {out / 'evaluation.json'}",
             file=sys.stderr,
         )
     return 0

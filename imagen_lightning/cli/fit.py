@@ -40,6 +40,7 @@ from imagen_lightning.callbacks import (
     find_last,
     interrupted,
     update_run_info,
+    wandb_agent_run,
     wandb_logger,
 )
 from imagen_lightning.callbacks.checkpoint import is_finished
@@ -53,6 +54,7 @@ from imagen_lightning.files import unwritable, write_text
 from imagen_lightning.stages import DiffusionMixin
 
 CONFIG = "config.yaml"
+_SEEDS = ("seed_everything", "model.init_args.seed", "data.init_args.seed")
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # The data hands each process its part of a global batch itself, and training does not end with an epoch.
@@ -91,6 +93,12 @@ class StageCLI(LightningCLI):
         parser.add_argument(
             "--init_from", type=str | None, default=None, help="CASCADE#stage whose weights the stage starts from."
         )
+        parser.add_argument(
+            "--seed",
+            type=int | None,
+            default=None,
+            help="Sets seed_everything, model.init_args.seed and data.init_args.seed at once; on the command line.",
+        )
         parser.add_argument("--wandb_project", type=str, default="imagen-lightning", help="W&B project.")
         parser.add_argument(
             "--wandb_group",
@@ -120,6 +128,8 @@ class StageCLI(LightningCLI):
         if self.subcommand == "fit":
             if not self.settings.run:
                 raise InputError("fit needs a run folder: --run runs/NAME, or `run:` in the YAML")
+            if self.settings.seed is not None:
+                raise InputError("seed is an option of the command line; in a YAML name seed_everything and the others")
             if self.settings.trainer.max_steps in (-1, None) and not self.settings.trainer.max_time:
                 raise InputError("training would never end: set trainer.max_steps (or trainer.max_time)")
             self.settings.trainer.default_root_dir = self.settings.run
@@ -340,11 +350,17 @@ def prepare(verb: str, arguments: Sequence[str]) -> list[str]:
     names, rest = _take(arguments, "--config", "-c")
     configs = [find_config(name) for name in names]
     contents = [read_config(path) for path in configs]
+    seeds, rest = _take(rest, "--seed")
+    rest += [f"--{key}={seeds[-1]}" for key in _SEEDS] if seeds else []
     writes = not any(item.split("=")[0].endswith(("-h", "help", "--print_config")) for item in rest)
     if verb == "fit" and writes:
         resume = "--resume" in rest
         runs, rest = _take([item for item in rest if item != "--resume"], "--run")
-        runs = runs or [str(content["run"]) for content in contents if content.get("run")]
+        if not runs:
+            runs = [str(content["run"]) for content in contents if content.get("run")]
+            agent = wandb_agent_run()
+            if runs and agent is not None:
+                runs, resume = [str(Path(runs[-1], *agent))], True
         if runs:
             rest += ["--run", runs[-1]]
             _refuse_used(Path(runs[-1]), resume)

@@ -19,6 +19,7 @@ VERBS = {
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
     "evaluate": ("evaluate", "measure a cascade and name the stage that costs most, or sweep its settings"),
     "compare": ("compare", "let a person vote between two cascades, blind"),
+    "sweep": ("sweep", "run a W&B sweep file's trials here, without W&B; they resume, and share machines"),
     "sample": ("sample", "captions to pictures with a cascade folder"),
     "report": ("report", "one page of runs and evaluations: table, curves, samples side by side"),
     "verify-resume": ("verify_resume", "prove that a killed run resumes exactly, on this machine and data"),

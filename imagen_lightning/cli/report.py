@@ -19,7 +19,7 @@ def parser() -> Parser:
         "folders",
         nargs="+",
         metavar="RUN_OR_EVAL",
-        help="run folders, evaluations, folders of samples, or folders that hold such",
+        help="sweeps, run folders, evaluations, folders of samples, or folders that hold such",
     )
     made.add_argument("--out", default="report.html", metavar="FILE", help="the page (default report.html)")
     made.add_argument(
@@ -51,6 +51,7 @@ def write(folders: list[str], out: str, most_bytes: int) -> None:
     parts = [
         counted(len(found), noun)
         for found, noun in (
+            (sources.sweeps, "sweep"),
             (sources.runs, "run"),
             (sources.evaluations, "evaluation"),
             (sources.samples, "sample folder"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -145,7 +146,8 @@ class Drawing:
                 given: ImageSet | None = self.draw(before).images
             else:
                 given = self.real(chain.first)
-            self._draw_missing(chain, name, given)
+            with _alone(self.folder / f".{name}-{self.part.rank}.lock"):
+                self._draw_missing(chain, name, given)
             self.meet()
             self._drawn[name] = self._read(chain, name, given)
         return self._drawn[name]
@@ -232,6 +234,15 @@ class Drawing:
         seconds = sum(cost["seconds"] for cost in costs) / total if total else None
         memory = max((cost["peak_memory_bytes"] or 0 for cost in costs), default=0)
         return Drawn(images, given, folder, seconds, memory or None)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits until no other evaluation that keeps its images in the same folder draws the same ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_png(image: Image.Image, path: Path) -> None:

@@ -38,7 +38,7 @@ from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
 CAPTIONS = "captions.json"
-_FREE = ("device", "batch_size", "command", "save_best", "trust")  # what may differ when an evaluation goes on
+_FREE = ("device", "batch_size", "command", "save_best", "trust", "samples")  # may differ when an evaluation goes on
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Request:
     save_best: str | None = None
     trust: tuple[str, ...] = ()
     command: str = ""
+    samples: Path | None = None  # where images are kept and found; OUT/samples where it is None
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _evaluate(
         drawing = Drawing(
             cascade,
             data,
-            out / "samples",
+            out / "samples" if request.samples is None else request.samples,
             identity=identity,
             seed=request.seed,
             batch_size=request.batch_size,

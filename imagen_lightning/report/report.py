@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_lightning.errors import counted
-from imagen_lightning.report import comparable, evaluations, figures
+from imagen_lightning.report import comparable, evaluations, figures, sweeps
 from imagen_lightning.report.comparable import TRAIN_LOSS, VAL_LOSS, Yardstick
 from imagen_lightning.report.differences import differing
 from imagen_lightning.report.figures import Style
@@ -31,6 +31,7 @@ def build(sources: Sources, most_bytes: int = MOST_BYTES) -> Page:
         most_bytes: of the page that pictures of samples may take.
     """
     parts = (
+        counted(len(sources.sweeps), "sweep") if sources.sweeps else "",
         counted(len(sources.runs), "run") if sources.runs else "",
         counted(len(sources.evaluations), "evaluation") if sources.evaluations else "",
         counted(len(sources.samples), "folder") + " of samples" if sources.samples else "",
@@ -39,7 +40,10 @@ def build(sources: Sources, most_bytes: int = MOST_BYTES) -> Page:
     styles = figures.styles([run.name for run in sources.runs])
     drawn = list(zip(styles, sources.runs))
     yardsticks = comparable.distinct([comparable.yardstick(run) for run in sources.runs])
+    sweeps.add(page, sources.sweeps)
     first = page.section("Runs" if sources.runs else "Summary", "runs")
+    if sources.sweeps and sources.runs:
+        first.add(element("p", "Of a sweep the best trials.", class_="hint"))
     _verdicts(first, sources)
     place_of_problems = len(first.parts)
     if drawn:

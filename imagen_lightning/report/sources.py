@@ -11,7 +11,9 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.schema import EVALUATION, Evaluation, load
 from imagen_lightning.report.runs import Problems, Run, is_run, read_run
 from imagen_lightning.report.sample_sets import SAMPLES, SampleSet, read_drawn
+from imagen_lightning.report.studies import FoundSweep, is_sweep, read_sweep
 
+BEST_TRIALS = 8  # of a sweep, whose runs the page shows in full
 _DEPTH = 4  # folders below a given one that are looked into
 _NEVER = ("checkpoints", "wandb", "__pycache__")
 
@@ -43,6 +45,7 @@ class Sources:
         runs: trainings of stages.
         evaluations: of cascades.
         samples: of `imagen-lightning sample`.
+        sweeps: studies, of which the runs and evaluations are the best trials' alone.
         problems: what is broken or half-written, and left out.
     """
 
@@ -50,6 +53,7 @@ class Sources:
     runs: list[Run] = field(default_factory=list)
     evaluations: list[FoundEvaluation] = field(default_factory=list)
     samples: list[FoundSamples] = field(default_factory=list)
+    sweeps: list[FoundSweep] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
 
 
@@ -61,8 +65,13 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
     """
     problems = Problems()
     folders = list(dict.fromkeys(folder for path in paths for folder in _discover(Path(path), problems)))
+    sweeps = [found for folder in folders if is_sweep(folder) and (found := read_sweep(folder, problems)) is not None]
+    kept = [folder for folder in folders if not is_sweep(folder)]
+    best = [trial.folder for sweep in sweeps for trial in sweep.finished[:BEST_TRIALS] if trial.folder.exists()]
+    folders = list(dict.fromkeys([*kept, *map(Path, map(os.path.abspath, best))]))
     title, names = _names(folders)
-    sources = Sources(title, problems=problems)
+    sources = Sources(sweeps[0].name if sweeps and not kept else title, problems=problems)
+    sources.sweeps = _once(sweeps)
     for folder, name in zip(folders, names):
         if (folder / EVALUATION).is_file():
             try:
@@ -78,7 +87,7 @@ def read_sources(paths: Sequence[str | Path]) -> Sources:
             drawn = read_drawn(folder, problems.add)
             if drawn is not None:
                 sources.samples.append(FoundSamples(folder, name, drawn))
-    if not (sources.runs or sources.evaluations or sources.samples):
+    if not (sources.runs or sources.evaluations or sources.samples or sources.sweeps):
         raise InputError(
             f"nothing to report on: {'; '.join(problems.lines) or 'no folder was given'}; "
             "give run folders, evaluations, or a folder that holds some"
@@ -95,7 +104,7 @@ def _discover(path: Path, problems: Problems) -> Iterable[Path]:
     found = []
     for folder, below, files in os.walk(top):
         place = Path(folder)
-        if EVALUATION in files or SAMPLES in files or is_run(place):
+        if EVALUATION in files or SAMPLES in files or is_run(place) or is_sweep(place):
             found.append(place)
             below.clear()
             continue
@@ -104,6 +113,14 @@ def _discover(path: Path, problems: Problems) -> Iterable[Path]:
     if not found:
         problems.add(path, "holds no run, evaluation or samples")
     return found
+
+
+def _once(sweeps: Sequence[FoundSweep]) -> list[FoundSweep]:
+    """One of the folders that share a study."""
+    found: dict[tuple[object, ...], FoundSweep] = {}
+    for sweep in sweeps:
+        found.setdefault((sweep.name, sweep.study), sweep)
+    return list(found.values())
 
 
 def _names(folders: Sequence[Path]) -> tuple[str, list[str]]:

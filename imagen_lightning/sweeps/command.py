@@ -1,0 +1,131 @@
+"""A trial's command as W&B's agent makes it (wandb.sdk.launch.sweeps.utils), and where its run goes.
+
+`${env}`, `${interpreter}` and `${program}` stand for `/usr/bin/env`, `python` and the file's program; `${args}` for
+`--NAME=VALUE` of each parameter, `${args_no_hyphens}` for `NAME=VALUE`, `${args_no_boolean_flags}` for `--NAME` of what
+is true and nothing of what is false, `${args_no_equals}`, `${args_json}` and Hydra's forms likewise; `${envvar:NAME}`
+for a variable of the environment. No shell reads the command: nothing is quoted. A macro is a word of its own; inside
+of a longer word only `${envvar:…}` is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imagen_lightning.errors import InputError
+from imagen_lightning.sweeps.file import SweepFile
+
+RUN_VARIABLE = "IMAGEN_LIGHTNING_RUN"  # the trial's folder, for programs that are not this package's
+_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
+
+
+def arguments_of(sweep: SweepFile, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as W&B hands them on: nested ones as one dictionary under their first key.
+
+    Args:
+        sweep: the file.
+        values: by parameter name.
+    """
+    found: dict[str, Any] = {}
+    for parameter in sweep.parameters:
+        place = found
+        for key in parameter.path[:-1]:
+            place = place.setdefault(key, {})
+        place[parameter.path[-1]] = values[parameter.name]
+    return found
+
+
+def expand(sweep: SweepFile, arguments: Mapping[str, Any]) -> list[str]:
+    """The command's words.
+
+    Args:
+        sweep: the file.
+        arguments: from `arguments_of`.
+
+    Raises:
+        InputError: a macro that W&B does not know.
+    """
+    macros = {
+        "env": ["/usr/bin/env"],
+        "interpreter": ["python"],
+        "program": [str(sweep.program)],
+        "args": [f"--{name}={value}" for name, value in arguments.items()],
+        "args_no_equals": [word for name, value in arguments.items() for word in (f"--{name}", str(value))],
+        "args_no_hyphens": [f"{name}={value}" for name, value in arguments.items()],
+        "args_no_boolean_flags": _without_booleans(arguments),
+        "args_json": [json.dumps(dict(arguments))],
+        "args_append_hydra": [f"+{name}={value}" for name, value in arguments.items()],
+        "args_override_hydra": [f"++{name}={value}" for name, value in arguments.items()],
+    }
+    words: list[str] = []
+    for word in sweep.command:
+        word = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), word)
+        if not (word.startswith("${") and word.endswith("}")):
+            words.append(word)
+            continue
+        if word[2:-1] not in macros:
+            raise InputError(f"{sweep.path}: command holds {word}, which is not supported; use {_macros(macros)}")
+        words += macros[word[2:-1]]
+    return words
+
+
+def _without_booleans(arguments: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in arguments.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not False:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _macros(names: Mapping[str, Any]) -> str:
+    return ", ".join(f"${{{name}}}" for name in names) + " and ${envvar:NAME}"
+
+
+def own_verb(words: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The verb of this package that a command runs and the words after it; None for any other program."""
+    for place, word in enumerate(words[:-1]):
+        module = word == "imagen_lightning" and words[place - 1 : place] == ["-m"]
+        if module or Path(word).name == "imagen-lightning":
+            return words[place + 1], list(words[place + 2 :])
+    return None
+
+
+def in_folder(words: Sequence[str], folder: Path, samples: Path) -> list[str]:
+    """The command with its trial's folder: `fit` begins or goes on there, `evaluate` shares drawn images."""
+    found = own_verb(words)
+    if found is None:
+        return list(words)
+    verb, rest = found
+    if verb == "fit":
+        return [*words, "--run", str(folder), "--resume"]
+    if verb == "evaluate":
+        shared = () if any(word.split("=")[0] == "--samples" for word in rest) else ("--samples", str(samples))
+        return [*words, "--out", str(folder), *shared]
+    raise InputError(f"a sweep runs imagen-lightning fit or evaluate, not {verb!r}")
+
+
+def environment(folder: Path, name: str, threads: int | None, device: str | None) -> dict[str, str]:
+    """A trial's variables: this Python's programs first, its folder, its share of the machine.
+
+    Args:
+        folder: the trial's.
+        name: the sweep's, W&B's group.
+        threads: of the CPU; None leaves them as they are.
+        device: what CUDA_VISIBLE_DEVICES becomes; None leaves it.
+    """
+    made = {key: value for key, value in os.environ.items() if key not in ("WANDB_SWEEP_ID", "WANDB_RUN_ID")}
+    made["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), made.get("PATH", os.defpath)])
+    made[RUN_VARIABLE] = str(folder)
+    made.setdefault("WANDB_RUN_GROUP", name)
+    if threads is not None:
+        made.setdefault("OMP_NUM_THREADS", str(threads))
+    if device is not None:
+        made["CUDA_VISIBLE_DEVICES"] = device
+    return made

@@ -1,0 +1,159 @@
+"""What a sweep file says of a parameter: W&B's distributions, by their quantiles.
+
+Each distribution gives the value at a quantile u in (0, 1), so that random search draws by the file's own law, and
+the list of its values where it has finitely many, so that a grid is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Protocol
+
+
+class Distribution(Protocol):
+    """One parameter's values."""
+
+    def at(self, quantile: float) -> Any:
+        """The value at a quantile in (0, 1)."""
+        ...
+
+    def values(self) -> Sequence[Any] | None:
+        """All values in order; None where there are infinitely many."""
+        ...
+
+    def examples(self) -> Sequence[Any]:
+        """Few values by which a command can be checked: all of a list, the ends of a range."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """`value: …`."""
+
+    value: Any
+
+    def at(self, quantile: float) -> Any:
+        return self.value
+
+    def values(self) -> Sequence[Any]:
+        return [self.value]
+
+    examples = values
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """`values: […]`, each as likely."""
+
+    choices: tuple[Any, ...]
+
+    def at(self, quantile: float) -> Any:
+        return self.choices[min(int(quantile * len(self.choices)), len(self.choices) - 1)]
+
+    def values(self) -> Sequence[Any]:
+        return self.choices
+
+    examples = values
+
+
+@dataclass(frozen=True)
+class IntUniform:
+    """Integers from `min` to `max`, both included."""
+
+    min: int
+    max: int
+
+    def at(self, quantile: float) -> int:
+        return min(self.min + int(quantile * (self.max - self.min + 1)), self.max)
+
+    def values(self) -> Sequence[int]:
+        return range(self.min, self.max + 1)
+
+    def examples(self) -> Sequence[int]:
+        return [self.min, self.max]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Real numbers between `min` and `max`."""
+
+    min: float
+    max: float
+
+    def at(self, quantile: float) -> float:
+        return self.min + quantile * (self.max - self.min)
+
+    def values(self) -> None:
+        return None
+
+    def examples(self) -> Sequence[float]:
+        return [self.min, self.max]
+
+
+@dataclass(frozen=True)
+class QUniform:
+    """`round(X / q) * q` with X uniform between `min` and `max`; whole numbers where `q` is one."""
+
+    min: float
+    max: float
+    q: float
+
+    @property
+    def first(self) -> int:
+        """The lowest multiple of q, in q."""
+        return round(self.min / self.q)
+
+    @property
+    def last(self) -> int:
+        return round(self.max / self.q)
+
+    def multiple(self, count: int) -> float:
+        """`count * q` without the tail that binary fractions bring (0.30000000000000004)."""
+        return count * self.q if isinstance(self.q, int) else float(f"{count * self.q:.12g}")
+
+    def at(self, quantile: float) -> float:
+        return self.multiple(round((self.min + quantile * (self.max - self.min)) / self.q))
+
+    def values(self) -> Sequence[float]:
+        return [self.multiple(count) for count in range(self.first, self.last + 1)]
+
+    def examples(self) -> Sequence[float]:
+        return [self.multiple(self.first), self.multiple(self.last)]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A Gaussian of mean `mu` and standard deviation `sigma`."""
+
+    mu: float
+    sigma: float
+
+    def at(self, quantile: float) -> float:
+        return NormalDist(self.mu, self.sigma).inv_cdf(quantile)
+
+    def values(self) -> None:
+        return None
+
+    def examples(self) -> Sequence[float]:
+        return [self.at(0.001), self.at(0.999)]
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """`log_uniform_values`: numbers between `min` and `max` whose logarithm is uniform."""
+
+    min: float
+    max: float
+
+    def at(self, quantile: float) -> float:
+        low, high = math.log(self.min), math.log(self.max)
+        return min(max(math.exp(low + quantile * (high - low)), self.min), self.max)
+
+    def values(self) -> None:
+        return None
+
+    def examples(self) -> Sequence[float]:
+        return [self.min, self.max]
