@@ -1,0 +1,86 @@
+"""A stage's name, size and settings as plain data, and a stage made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from imagen_lightning.cascade.local import first_line
+from imagen_lightning.components import build, class_path, describe, find_class
+from imagen_lightning.stages import DiffusionMixin
+from imagen_lightning.types import InputError, TextEncoder
+
+
+def as_module(stage: DiffusionMixin) -> nn.Module:
+    return cast(nn.Module, stage)
+
+
+def low_res_size(stage: DiffusionMixin) -> int | None:
+    return getattr(stage, "low_res_size", None)
+
+
+def stage_name(stage: DiffusionMixin) -> str:
+    return "base" if low_res_size(stage) is None else f"sr_{stage.image_size}"
+
+
+def num_parameters(stage: DiffusionMixin) -> int:
+    return sum(parameter.numel() for parameter in as_module(stage).parameters())
+
+
+def stage_summary(stage: DiffusionMixin) -> dict[str, Any]:
+    """What the manifest says of a stage for people and other programs, all of it taken from the stage."""
+    encoder, sampling = stage.text.encoder, stage.sampling
+    return {
+        "name": stage_name(stage),
+        "image_size": stage.image_size,
+        "low_res_size": low_res_size(stage),
+        "text": None
+        if encoder is None
+        else {"encoder": encoder.name, "max_tokens": encoder.max_tokens, "null_text": stage.text.null_text},
+        "aug_level": getattr(stage, "aug_level", None),
+        "sampling": {
+            "sampler": describe(sampling.sampler),
+            "num_steps": sampling.num_steps,
+            "guidance": sampling.guidance,
+        },
+    }
+
+
+def share_encoders(stages: list[DiffusionMixin]) -> list[DiffusionMixin]:
+    """The stages, equal text encoders made one object: a T5 of gigabytes is held once."""
+    shared: dict[str, TextEncoder] = {}
+    for stage in stages:
+        if stage.text.encoder is not None:
+            stage.text.encoder = shared.setdefault(json.dumps(describe(stage.text.encoder)), stage.text.encoder)
+    return stages
+
+
+def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, said, found) for each value of `found` that `said` has otherwise; keys that `said` lacks say nothing."""
+    if isinstance(said, Mapping) and isinstance(found, Mapping):
+        for name in found:
+            if name in said:
+                yield from contradictions(said[name], found[name], f"{key}.{name}" if key else name)
+    elif said != found:
+        yield key, said, found
+
+
+def build_stage(description: Mapping[str, Any], trust: tuple[str, ...], what: str) -> DiffusionMixin:
+    try:
+        cls = find_class(description["class_path"], trust)
+        if not issubclass(cls, DiffusionMixin):
+            raise InputError(f"{class_path(cls)} is no stage")
+        stage = build(description, trust).eval()
+        stage_summary(stage)  # settings that are none show here
+        return stage
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{what} cannot be built from its arguments: {first_line(error)}") from error
+
+
+def package_names(trust: Iterable[str]) -> tuple[str, ...]:
+    return (trust,) if isinstance(trust, str) else tuple(trust)

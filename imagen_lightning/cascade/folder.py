@@ -1,0 +1,104 @@
+"""A cascade's folder, the manifest and the weights: written whole or not at all, read and checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from imagen_lightning import __version__
+from imagen_lightning.cascade.description import (
+    as_module,
+    build_stage,
+    contradictions,
+    num_parameters,
+    share_encoders,
+    stage_name,
+    stage_summary,
+)
+from imagen_lightning.cascade.local import file_sha256, first_line, whole_folder
+from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RANGE, VERSION, read_manifest
+from imagen_lightning.cascade.weights import load_stage_weights
+from imagen_lightning.components import class_path
+from imagen_lightning.stages import DiffusionMixin
+from imagen_lightning.types import InputError
+
+
+def write_folder(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:
+    """Writes the manifest and the weights to a new or empty folder, whole or not at all."""
+    entries = [
+        {
+            **stage_entry(stage),
+            "weights": {"file": f"{stage_name(stage)}.safetensors", "num_parameters": num_parameters(stage)},
+        }
+        for stage in stages
+    ]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created_with": {"imagen_lightning": __version__, "torch": torch.__version__},
+        "value_range": VALUE_RANGE,
+        "resize": RESIZE,
+        "stages": entries,
+        "metrics": metrics,
+    }
+    with whole_folder(folder) as partial:
+        for entry, stage in zip(entries, stages):
+            path = partial / entry["weights"]["file"]
+            # clone: safetensors refuses tensors that share memory
+            tensors = {key: value.detach().cpu().clone() for key, value in as_module(stage).state_dict().items()}
+            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            entry["weights"]["sha256"] = file_sha256(path)
+        (partial / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+        for entry in entries:  # safetensors writes for us alone
+            shutil.copymode(partial / MANIFEST, partial / entry["weights"]["file"])
+
+
+def read_folder(folder: str | Path, trust: tuple[str, ...]) -> tuple[list[DiffusionMixin], list[dict[str, Any]]]:
+    """The stages, on the CPU, and the metrics of a cascade's folder."""
+    path, manifest = read_manifest(folder)
+    stages = []
+    for entry in manifest["stages"]:
+        what = f"stage {entry['name']!r} of {path}"
+        stage = build_stage(entry["stage"], trust, what)
+        for key, said, found in contradictions(entry, stage_summary(stage)):
+            raise InputError(f"{what}: {key} is {said!r}, but the stage's own arguments give {found!r}; mend either")
+        load_stage_weights(as_module(stage), path.parent, entry, what)
+        stages.append(stage)
+    return share_encoders(stages), manifest.get("metrics", [])
+
+
+def rewrite_manifest(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:
+    """Writes the manifest of a cascade's folder anew for the same stages; the weights stay as they are."""
+    path, manifest = read_manifest(folder)
+    names = [stage_name(stage) for stage in stages]
+    if [entry["name"] for entry in manifest["stages"]] != names:
+        raise InputError(f"{path} has stages other than {', '.join(names)}; give this cascade's own folder")
+    for entry, stage in zip(manifest["stages"], stages):
+        entry.update(stage_entry(stage))
+    manifest["metrics"] = metrics
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(_json(manifest), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {first_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def stage_entry(stage: DiffusionMixin) -> dict[str, Any]:
+    """What the manifest holds of a stage, but for its weights."""
+    return {
+        **stage_summary(stage),
+        "stage": {"class_path": class_path(stage), "init_args": stage.hyperparameters()},
+    }
+
+
+def _json(manifest: Any) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"

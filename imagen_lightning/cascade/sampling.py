@@ -1,0 +1,184 @@
+"""Settings and inputs of a cascade's sampling, and their checks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imagen_lightning import samplers
+from imagen_lightning.cascade.description import low_res_size, stage_name
+from imagen_lightning.components import describe
+from imagen_lightning.images import downsample, from_pil, to_float, to_uint8
+from imagen_lightning.stages import DiffusionMixin
+from imagen_lightning.types import InputError, Sampler
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage was sampled.
+
+    Attributes:
+        stage: its name, "base" or "sr_256".
+        sampler: the algorithm.
+        steps: along the time.
+        guidance: classifier-free guidance weight.
+        aug_level: noise on the low-resolution image, None for a base stage.
+    """
+
+    stage: str
+    sampler: Sampler
+    steps: int
+    guidance: float
+    aug_level: float | None
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {**vars(self), "sampler": describe(self.sampler)}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a cascade drew.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 of the last stage, on the CPU.
+        stages: the same of every stage that ran, in order.
+        settings: of every stage that ran.
+    """
+
+    images: Tensor
+    stages: list[Tensor]
+    settings: list[StageSettings]
+
+
+def sampler_names() -> list[str]:
+    """The samplers of `imagen_lightning.samplers` by the names that `find_sampler` knows them by."""
+    return sorted(_samplers())
+
+
+def find_sampler(name: str) -> Sampler:
+    """A sampler with its default settings by its class's name, in any case, "solver" and punctuation left out or not.
+
+    "ddim" is DDIM; "dpmpp", "DPM-Solver++" and "DPMSolverPP" are DPMSolverPP.
+
+    Raises:
+        InputError: there is none; the message lists those there are.
+    """
+    found = _samplers().get(_plain(name))
+    if found is None:
+        raise InputError(f"sampler {name!r} is unknown; use one of {', '.join(sampler_names())}")
+    return found()
+
+
+def _samplers() -> dict[str, Callable[[], Sampler]]:
+    exported = [getattr(samplers, name) for name in samplers.__all__]
+    return {_plain(cls.__name__): cls for cls in exported if issubclass(cls, Sampler)}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p")).replace("solver", "")
+
+
+def settings_of(
+    stage: DiffusionMixin, guidance: Any, steps: Any, sampler: Any, aug_level: float | None
+) -> StageSettings:
+    name, defaults = stage_name(stage), stage.sampling
+    guidance = defaults.guidance if guidance is None else guidance
+    if not _is_number(guidance):
+        raise InputError(f"guidance {guidance!r} of stage {name!r} is not a finite number")
+    steps = defaults.num_steps if steps is None else steps
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"steps {steps!r} of stage {name!r} must be a whole number of at least 1")
+    sampler = defaults.sampler if sampler is None else sampler
+    if isinstance(sampler, str):
+        sampler = find_sampler(sampler)
+    if not callable(sampler):
+        raise InputError(f"sampler {sampler!r} of stage {name!r} is no sampler; use {', '.join(sampler_names())}")
+    if low_res_size(stage) is None:
+        aug_level = None
+    else:
+        highest = stage.augmentation.max_level  # type: ignore[attr-defined]
+        aug_level = stage.aug_level if aug_level is None else aug_level  # type: ignore[attr-defined]
+        if not _is_number(aug_level) or not 0 <= aug_level <= highest:  # type: ignore[operator]
+            raise InputError(f"aug_level {aug_level!r} of stage {name!r} must be in [0, {highest:g}], as in training")
+    return StageSettings(name, sampler, steps, guidance, aug_level)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def image_seeds(seed: int | Sequence[int], count: int, first_index: int) -> list[tuple[int, int]]:
+    """(seed, index) of each image; an image with a seed of its own has index 0."""
+    if isinstance(seed, int):
+        return [(seed, first_index + i) for i in range(count)]
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} captions; give one, or one a caption")
+    return [(int(own), 0) for own in seed]
+
+
+def fit_image(image: Image.Image | Tensor, size: int, stage: str) -> Tensor:
+    """One image to uint8 (3, size, size)."""
+    pixels = from_pil(image) if isinstance(image, Image.Image) else image
+    if pixels.dim() != 3 or pixels.shape[0] != 3:
+        raise InputError(f"images for stage {stage!r} must be (B, 3, h, w); one of them is {tuple(pixels.shape)}")
+    height, width = pixels.shape[1:]
+    if height != width or height < size:
+        raise InputError(
+            f"images of {width}x{height} px given to stage {stage!r}, which takes {size}x{size}: give square ones of "
+            f"that size or larger"
+        )
+    if pixels.dtype == torch.uint8:
+        if height == size:
+            return pixels.cpu()
+        pixels = to_float(pixels)
+    elif not pixels.is_floating_point() or not bool((pixels.abs() <= 1.001).all()):
+        raise InputError(f"images for stage {stage!r} must be uint8, or floats in [-1, 1]")
+    return to_uint8(downsample(pixels[None].float(), size)[0]).cpu()
+
+
+def find_stage(names: Sequence[str], stage: int | str) -> int:
+    """The place of a stage given by name or number (also as a string)."""
+    if isinstance(stage, str) and stage in names:
+        return names.index(stage)
+    if (isinstance(stage, int) or stage.isdecimal()) and 0 <= int(stage) < len(names):
+        return int(stage)
+    known = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+    raise InputError(f"stage {stage!r} is unknown; the cascade has {known}")
+
+
+def negatives_of(
+    negative: str | Sequence[str] | None, count: int, settings: Sequence[StageSettings]
+) -> list[str] | None:
+    """The negative captions, one an image, None for none."""
+    if negative is None:
+        return None
+    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+    if len(negatives) != count:
+        raise InputError(f"{len(negatives)} negative captions for {count} captions; give one, or one an image")
+    if all(setting.guidance == 1 for setting in settings):
+        raise InputError("negative captions act through guidance, which is 1 in every stage; set another guidance")
+    return negatives
+
+
+def low_res_images(
+    stage: DiffusionMixin, images: Tensor | Sequence[Image.Image | Tensor] | None, count: int
+) -> Tensor | None:
+    """(count, 3, h, w) uint8 at the size that the first stage to run takes, None where it takes nothing."""
+    size, name = low_res_size(stage), stage_name(stage)
+    if size is None:
+        if images is not None:
+            raise InputError(f"stage {name!r} starts from text alone; drop images, or set start_stage beyond it")
+        return None
+    if images is None:
+        raise InputError(f"stage {name!r} starts from low-resolution images of {size} px; give images")
+    if len(images) != count:
+        raise InputError(f"{len(images)} images for {count} captions; give one a caption")
+    return torch.stack([fit_image(image, size, name) for image in images])
