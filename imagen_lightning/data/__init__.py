@@ -7,9 +7,10 @@ _MODULES = {
     "LaionDataModule": "datamodule",
     "ShapesDataModule": "datamodule",
     "StreamingLaionDataModule": "stream_datamodule",
+    "SubjectShapesDataModule": "datamodule",
 }
 
-__all__ = ["LaionDataModule", "ShapesDataModule", "StreamingLaionDataModule"]
+__all__ = ["LaionDataModule", "ShapesDataModule", "StreamingLaionDataModule", "SubjectShapesDataModule"]
 
 
 def __getattr__(name: str) -> Any:

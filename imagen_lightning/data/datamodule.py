@@ -20,6 +20,7 @@ from imagen_lightning.data.positioned import PositionedDataModule, list_skips, t
 from imagen_lightning.data.resume import shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
+from imagen_lightning.data.subjects import Subject, SubjectDataset
 from imagen_lightning.data.text_states import TextStates, check_stage, open_text_states
 from imagen_lightning.types import InputError
 
@@ -57,6 +58,62 @@ class ShapesDataModule(PositionedDataModule):
 
     def validation_set(self) -> ShapesDataset:
         return ShapesDataset(self.seed, "val", self.image_size, self.num_val)
+
+
+class SubjectShapesDataModule(PositionedDataModule):
+    """A few drawings of one subject, to fine-tune on: the same ones again and again, in an order of each epoch's own.
+
+    Args:
+        subject: what one object of each scene is: "hourglass", the shape that no other data shows, or any of a size, a
+            color and a shape, such as "large purple star" (see `Subject.of`).
+        word: a made-up word, such as "<zib>", that stands for the subject in captions; None names it.
+        num_images: different drawings; validation takes others.
+        image_size: side in pixels, at most 64.
+        batch_size: samples of one batch over all processes and before accumulation.
+        seed: another seed draws other scenes, in another order.
+        num_workers: loader processes of each process.
+        num_val: validation samples, the same ones each time.
+
+    Raises:
+        InputError: image_size beyond 64, fewer than one image, a subject or word that cannot be read.
+    """
+
+    def __init__(
+        self,
+        subject: str = "hourglass",
+        word: str | None = None,
+        num_images: int = 50,
+        image_size: int = 64,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        num_val: int = 256,
+    ) -> None:
+        super().__init__()
+        if not 1 <= image_size <= 64 or num_images < 1:
+            raise InputError(
+                f"image_size {image_size}, num_images {num_images}: shapes are drawn at 64 px; give 1..64, and at "
+                "least 1 image"
+            )
+        self.subject = subject
+        self.word = word
+        self.num_images = num_images
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.num_val = num_val
+        self._subject = Subject.of(subject, word)
+
+    def order(self) -> dict[str, Any]:
+        return {**super().order(), "subject": self.subject, "word": self.word, "samples": self.num_images}
+
+    def training_set(self) -> SubjectDataset:
+        order = SampleOrder([self.num_images], self.seed, self.batch_size, window=1)
+        return SubjectDataset(self._subject, self.seed, "train", self.image_size, self.num_images, order)
+
+    def validation_set(self) -> SubjectDataset:
+        return SubjectDataset(self._subject, self.seed, "val", self.image_size, self.num_val)
 
 
 class LaionDataModule(PositionedDataModule):

@@ -1,7 +1,9 @@
 """Does a picture of shapes show what its caption says? Answered without a network, attribute by attribute.
 
 Pixels far from the background's colour form connected components; each component's soft mask is compared with drawings
-of every shape at every size; the objects found are paired with the caption's in the way that agrees best.
+of every shape at every size; the objects found are paired with the caption's in the way that agrees best. Where a
+caption names a new shape (`NEW_SHAPES`), its picture is compared with drawings of that shape too; all others are judged
+as if there were none.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from imagen_lightning.data.shapes import (
     BACKGROUNDS,
     CANVAS,
     COLORS,
+    NEW_SHAPES,
     SHAPES,
     SIZES,
     Scene,
@@ -122,7 +125,8 @@ def caption_accuracy(images: Tensor, captions: Sequence[str]) -> CaptionAccuracy
     scenes = [parse_caption(caption) for caption in captions]
     rows = []
     for start in range(0, len(images), _CHUNK):
-        seen = _look(_pixels(images[start : start + _CHUNK]))
+        new = [{thing.shape for thing in scene.things} & {*NEW_SHAPES} for scene in scenes[start : start + _CHUNK]]
+        seen = _look(_pixels(images[start : start + _CHUNK]), new)
         rows += [_compare(scene, *found) for scene, found in zip(scenes[start : start + _CHUNK], seen)]
     names = [field.name for field in fields(CaptionAccuracy)]
     return CaptionAccuracy(**{name: torch.tensor([row[name] for row in rows], dtype=torch.bool) for name in names})
@@ -166,8 +170,8 @@ def _pixels(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _look(pixels: np.ndarray) -> list[tuple[str, list[_Found]]]:
-    """The background's word and the objects of each picture of (B, 64, 64, 3)."""
+def _look(pixels: np.ndarray, new: list[set[str]]) -> list[tuple[str, list[_Found]]]:
+    """The background's word and the objects of each picture of (B, 64, 64, 3), which may also show its new shapes."""
     num = len(pixels)
     # The nearest colour of the palette, by |p - c|^2 less the common |p|^2.
     labels = ((_PALETTE**2).sum(1) - 2 * pixels @ _PALETTE.T).argmin(-1).astype(np.uint8)
@@ -198,7 +202,8 @@ def _look(pixels: np.ndarray) -> list[tuple[str, list[_Found]]]:
     found: list[list[_Found]] = [[] for _ in range(num)]
     if masks:
         centers = [_center(mask) for mask in masks]
-        for owner, color, center, (shape, size) in zip(owners, colors, centers, _recognise(masks, centers)):
+        words = _recognise(masks, centers, [new[owner] for owner in owners])
+        for owner, color, center, (shape, size) in zip(owners, colors, centers, words):
             found[owner].append(_Found(size, _WORDS[color], shape, center))
     return [(_WORDS[background], things) for background, things in zip(backgrounds, found)]
 
@@ -254,32 +259,45 @@ def _center(mask: np.ndarray) -> tuple[float, float]:
     return (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
 
 
-def _recognise(masks: list[np.ndarray], centers: list[tuple[float, float]]) -> list[tuple[str | None, str | None]]:
-    """The words for shape and size of each mask, None where nothing fits."""
+def _recognise(
+    masks: list[np.ndarray], centers: list[tuple[float, float]], new: list[set[str]]
+) -> list[tuple[str | None, str | None]]:
+    """The words for shape and size of each mask, None where nothing fits; its new shapes are among those tried."""
     margin = _WINDOW // 2
     windows = []
     for mask, (y, x) in zip(masks, centers):
         top, left = round(y + 0.5), round(x + 0.5)
         windows.append(np.pad(mask, margin)[top : top + _WINDOW, left : left + _WINDOW].ravel())
     window = np.stack(windows)
-    templates = _templates()
-    product = window @ templates.T
-    overlap = product / ((window**2).sum(1)[:, None] + (templates**2).sum(1) - product)
+    overlap = _overlap(window, SHAPES)
+    shapes = SHAPES
+    if any(new):
+        of_new = _overlap(window, NEW_SHAPES)
+        of_new[[[shape not in names for shape in NEW_SHAPES] for names in new]] = 0
+        overlap, shapes = np.concatenate([overlap, of_new], axis=1), SHAPES + NEW_SHAPES
     words: list[tuple[str | None, str | None]] = []
-    for row in overlap.reshape(len(masks), len(SHAPES), len(_SIDES), -1).max(-1):
+    for row in overlap:
         shape, side = np.unravel_index(row.argmax(), row.shape)
         size = min(SIZES, key=lambda word: abs(SIZES[word] - _SIDES[side]))
         fits = row.max() >= _MIN_MATCH
         near = abs(SIZES[size] - _SIDES[side]) <= _SIZE_TOLERANCE
-        words.append((SHAPES[shape] if fits else None, size if fits and near else None))
+        words.append((shapes[shape] if fits else None, size if fits and near else None))
     return words
 
 
+def _overlap(window: np.ndarray, shapes: tuple[str, ...]) -> np.ndarray:
+    """The Tanimoto overlap of N masks with each shape at each side, at its best place: (N, shapes, sides)."""
+    templates = _templates(shapes)
+    product = window @ templates.T
+    overlap = product / ((window**2).sum(1)[:, None] + (templates**2).sum(1) - product)
+    return overlap.reshape(len(window), len(shapes), len(_SIDES), -1).max(-1)
+
+
 @cache
-def _templates() -> np.ndarray:
+def _templates(shapes: tuple[str, ...]) -> np.ndarray:
     """Each shape at each side and shift: (shapes * sides * shifts, window * window) float32."""
-    templates = np.zeros((len(SHAPES), len(_SIDES), len(_SHIFTS), len(_SHIFTS), _WINDOW, _WINDOW), np.float32)
-    for i, shape in enumerate(SHAPES):
+    templates = np.zeros((len(shapes), len(_SIDES), len(_SHIFTS), len(_SHIFTS), _WINDOW, _WINDOW), np.float32)
+    for i, shape in enumerate(shapes):
         for j, side in enumerate(_SIDES):
             for k, down in enumerate(_SHIFTS):
                 for m, right in enumerate(_SHIFTS):

@@ -10,6 +10,8 @@ from imagen_lightning.data.shapes import (
     CANVAS,
     COLORS,
     HELD_OUT_PAIRS,
+    NEW_HELD_OUT_PAIRS,
+    NEW_SHAPES,
     SHAPES,
     SIZES,
     Scene,
@@ -18,6 +20,7 @@ from imagen_lightning.data.shapes import (
     held_out_captions,
     parse_caption,
     sample,
+    shape_mask,
 )
 from imagen_lightning.types import InputError
 
@@ -51,6 +54,22 @@ def test_held_out_pairs_are_a_tenth_and_spread():
     assert all(color in COLORS and shape in SHAPES for color, shape in HELD_OUT_PAIRS)
     assert len({color for color, _ in HELD_OUT_PAIRS}) == 4
     assert len({shape for _, shape in HELD_OUT_PAIRS}) >= 3
+
+
+def test_the_new_shape_is_in_no_split_and_in_no_word_list_of_the_five():
+    assert not set(NEW_SHAPES) & set(SHAPES)
+    assert all(color in COLORS and shape in NEW_SHAPES for color, shape in NEW_HELD_OUT_PAIRS)
+    for split in ("train", "val", "held_out"):
+        words = {word for index in range(500) for word in sample(0, index, split)[1].split()}
+        assert not words & set(NEW_SHAPES)
+
+
+def test_the_new_shape_is_farther_from_the_five_than_these_from_each_other():
+    masks = {shape: shape_mask(shape, 20).reshape(5, 4, 5, 4).mean((1, 3)) for shape in (*SHAPES, *NEW_SHAPES)}
+    nearest = min(np.linalg.norm(masks[a] - masks[b]) for a, b in itertools.combinations(SHAPES, 2))
+    assert nearest == pytest.approx(1.77, abs=0.01)
+    for new in NEW_SHAPES:
+        assert min(np.linalg.norm(masks[new] - masks[shape]) for shape in SHAPES) == pytest.approx(2.66, abs=0.01)
 
 
 def test_training_never_shows_a_held_out_pair_and_shows_all_others():
@@ -109,6 +128,10 @@ def test_captions_parse_back():
     assert parse_caption("a large pink ring on a gray background") == Scene(
         (Thing("large", "pink", "ring"),), None, "gray"
     )
+    new = parse_caption("a large pink hourglass above a small red star on a gray background")
+    assert new.things[0].shape == "hourglass"
+    assert new.held_out
+    assert not parse_caption("a large red hourglass on a gray background").held_out
 
 
 @pytest.mark.parametrize(
@@ -130,7 +153,7 @@ def test_parse_names_the_word_that_does_not_fit(caption, message):
         parse_caption(caption)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *NEW_SHAPES])
 def test_sizes_measured_in_pixels(shape):
     rng = np.random.default_rng(0)
     sides = {}

@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,18 +8,20 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from imagen_lightning.data import subjects
 from imagen_lightning.data.shapes import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, parse_caption, sample, shape_mask
+from imagen_lightning.data.subjects import Subject
 from imagen_lightning.metrics import caption_accuracy
 from imagen_lightning.types import InputError
 
 ATTRIBUTES = ("background", "number", "color", "shape", "size", "relation")
 
 
-def drawings(num, split, noise=8.0, blur=0.7):
+def drawings(num, split, noise=8.0, blur=0.7, draw=sample):
     rng = np.random.default_rng(0)
     images, captions = [], []
     for index in range(num):
-        image, caption = sample(11, index, split)
+        image, caption = draw(11, index, split)
         pixels = ndimage.gaussian_filter(image.numpy().astype(float), (0, blur, blur), mode="nearest")
         pixels += noise * rng.standard_normal(pixels.shape)
         images.append(torch.from_numpy(pixels.clip(0, 255).round().astype(np.uint8)))
@@ -96,6 +100,44 @@ CHANGES = {
     "relation axis": lambda scene, number: replace(scene, relation=other(("left of", "above"), scene.relation)),
     "relation order": lambda scene, number: replace(scene, things=scene.things[::-1]),
 }
+
+
+@pytest.fixture(scope="module")
+def noisy_hourglasses():
+    subject = Subject.of("hourglass")
+    images, captions = zip(
+        *(drawings(150, split, draw=partial(subjects.sample, subject=subject)) for split in ("val", "held_out"))
+    )
+    return torch.cat(images), [*captions[0], *captions[1]]
+
+
+def test_true_drawings_of_the_new_shape_are_right(noisy_hourglasses):
+    images, captions = noisy_hourglasses
+    assert caption_accuracy(images, captions).mean()["all"] >= 0.99
+    clean = [subjects.sample(3, index, "train", Subject.of("hourglass")) for index in range(100)]
+    assert caption_accuracy(torch.stack([image for image, _ in clean]), [text for _, text in clean]).all.all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_new_shape_is_taken_for_no_other_and_no_other_for_it(noisy, noisy_hourglasses, shape):
+    images, captions = noisy_hourglasses
+    said = caption_accuracy(images, [caption.replace("hourglass", shape) for caption in captions])
+    assert said.mean()["shape"] == 0
+    of_shape = [i for i, caption in enumerate(noisy[1]) if caption.split()[3] == shape]
+    assert len(of_shape) > 50
+    lied = [re.sub(rf"^(a \S+ \S+) {shape}", r"\1 hourglass", noisy[1][i]) for i in of_shape]
+    assert caption_accuracy(noisy[0][of_shape], lied).mean()["shape"] == 0
+
+
+def test_the_new_shape_changes_nothing_for_captions_of_the_five(noisy, noisy_hourglasses):
+    """The judgement of each picture, broken ones included, is the same whatever else is judged with it."""
+    images = torch.cat([noisy[0][:100], torch.from_numpy(ndimage.minimum_filter(noisy[0][:100].numpy(), (1, 1, 7, 7)))])
+    captions = noisy[1][:100] * 2
+    alone = caption_accuracy(images, captions)
+    assert 0.4 < alone.mean()["shape"] < 0.9
+    mixed = caption_accuracy(torch.cat([noisy_hourglasses[0][:50], images]), [*noisy_hourglasses[1][:50], *captions])
+    for name in (*ATTRIBUTES, "has_relation"):
+        assert getattr(mixed, name)[50:].equal(getattr(alone, name)), name
 
 
 @pytest.mark.parametrize("change", CHANGES)
