@@ -14,9 +14,7 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.digests import digest_tensors
 from imagen_lightning.metrics.features.base import FeatureExtractor, exact_float32
 from imagen_lightning.text.common import CutCounter
-
-# How a hub is reached, and its errors worded, is the text encoder's.
-from imagen_lightning.text.t5 import _first_sentence, _reach_hub, _transformers
+from imagen_lightning.text.hub import LoadError, import_transformers, load_part, local_folder
 
 
 class ClipFeatures(FeatureExtractor):
@@ -109,19 +107,14 @@ class ClipFeatures(FeatureExtractor):
     @cached_property
     def _folder(self) -> Path | None:
         """The local folder, or None for a name on the hub."""
-        path = Path(self.name_or_path).expanduser()
-        if path.is_dir():
-            return path
-        if self.name_or_path.startswith(("/", ".", "~")) or self.name_or_path.count("/") > 1:
-            raise InputError(
-                f"CLIP folder {self.name_or_path!r} does not exist; give the folder that holds config.json, weights, "
-                f"preprocessor and tokenizer, or a hub name such as 'openai/clip-vit-large-patch14'"
-            )
-        return None
+        needs = (
+            "config.json, weights, preprocessor and tokenizer, or a hub name such as 'openai/clip-vit-large-patch14'"
+        )
+        return local_folder(self.name_or_path, "CLIP", needs)
 
     @cached_property
     def _config(self) -> Any:
-        config = self._load("config.json", _transformers().AutoConfig.from_pretrained)
+        config = self._load("config.json", import_transformers().AutoConfig.from_pretrained)
         if config.model_type != "clip":
             raise InputError(f"{self.name_or_path!r} is a {config.model_type!r} model; give a CLIP")
         return config
@@ -130,7 +123,7 @@ class ClipFeatures(FeatureExtractor):
     def _model(self) -> Any:
         self._config  # noqa: B018  (a model of another kind is named as such before its weights fail)
         options = {"dtype": torch.float32, "output_loading_info": True}
-        model, report = self._load("weights", _transformers().CLIPModel.from_pretrained, **options)
+        model, report = self._load("weights", import_transformers().CLIPModel.from_pretrained, **options)
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise InputError(
@@ -141,11 +134,11 @@ class ClipFeatures(FeatureExtractor):
 
     @cached_property
     def _processor(self) -> Any:
-        return self._load("preprocessor_config.json", _transformers().CLIPImageProcessor.from_pretrained)
+        return self._load("preprocessor_config.json", import_transformers().CLIPImageProcessor.from_pretrained)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = self._load("tokenizer", _transformers().AutoTokenizer.from_pretrained)
+        tokenizer = self._load("tokenizer", import_transformers().AutoTokenizer.from_pretrained)
         # Without its vocabulary transformers makes an empty tokenizer, which reads any caption as end marks.
         if len(tokenizer) < 256:
             raise InputError(f"the tokenizer of CLIP {self.name_or_path!r} has no vocabulary; add its tokenizer.json")
@@ -153,23 +146,14 @@ class ClipFeatures(FeatureExtractor):
 
     def _load(self, what: str, load: Callable[..., Any], **options: Any) -> Any:
         """Calls a `from_pretrained`: in the folder, or in the cache and then on the hub; errors become one line."""
-        from safetensors import SafetensorError
-
-        source = str(self._folder or self.name_or_path)
-        options |= {"trust_remote_code": False} | ({"revision": self.revision} if self.revision else {})
         try:
-            try:
-                return load(source, local_files_only=True, **options)
-            except OSError:
-                if self._folder is not None:
-                    raise
-                _reach_hub(source, self.revision)
-                return load(source, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            return load_part(load, self.name_or_path, self._folder, self.revision, **options)
+        except LoadError as error:
             where = "in its folder" if self._folder is not None else "in the cache or on Hugging Face"
+            source = str(self._folder or self.name_or_path)
             raise InputError(
                 f"cannot get the {what} of CLIP {source!r} {where}: check the name and the network, or give a complete "
-                f"local folder ({_first_sentence(error)})"
+                f"local folder ({error})"
             ) from error
 
 
