@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from imagen_lightning.data.buckets import bucket_sizes, bucketed_order
-from imagen_lightning.data.dataset import LoadedBatch, ShapesDataset, ShardDataset
+from imagen_lightning.data.dataset import ShapesDataset, ShardDataset
 from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.filters import Filter, FilterCounts, select_rows
 from imagen_lightning.data.index import cache_folder
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
-from imagen_lightning.data.positioned import PositionedDataModule, list_skips, tell_skips
+from imagen_lightning.data.positioned import PositionedDataModule, judge_skips, list_skips, tell_skips
 from imagen_lightning.data.resume import shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
@@ -26,6 +26,8 @@ from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
+VALIDATION_SEED = 0  # validation data are the same whatever a run's seed, so that runs of several seeds compare
+
 
 class ShapesDataModule(PositionedDataModule):
     """Built-in captioned shapes, drawn from a seed: needs no files, never repeats.
@@ -33,7 +35,7 @@ class ShapesDataModule(PositionedDataModule):
     Args:
         image_size: side in pixels, at most 64.
         batch_size: samples of one batch over all processes and before accumulation.
-        seed: another seed draws other scenes.
+        seed: another seed draws other scenes to train on; those of validation stay.
         num_workers: loader processes of each process.
         num_val: validation samples, the same ones each time.
 
@@ -57,7 +59,7 @@ class ShapesDataModule(PositionedDataModule):
         return ShapesDataset(self.seed, "train", self.image_size)
 
     def validation_set(self) -> ShapesDataset:
-        return ShapesDataset(self.seed, "val", self.image_size, self.num_val)
+        return ShapesDataset(VALIDATION_SEED, "val", self.image_size, self.num_val)
 
 
 class SubjectShapesDataModule(PositionedDataModule):
@@ -113,7 +115,7 @@ class SubjectShapesDataModule(PositionedDataModule):
         return SubjectDataset(self._subject, self.seed, "train", self.image_size, self.num_images, order)
 
     def validation_set(self) -> SubjectDataset:
-        return SubjectDataset(self._subject, self.seed, "val", self.image_size, self.num_val)
+        return SubjectDataset(self._subject, VALIDATION_SEED, "val", self.image_size, self.num_val)
 
 
 class LaionDataModule(PositionedDataModule):
@@ -292,7 +294,7 @@ class LaionDataModule(PositionedDataModule):
                 rows,
                 None,
                 self.image_size,
-                self.seed,
+                VALIDATION_SEED,
                 self.caption_field,
                 text,
                 allow_upscale=self.allow_upscale,
@@ -312,12 +314,7 @@ class LaionDataModule(PositionedDataModule):
         return [] if self.val is None else super().val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, LoadedBatch) and self.trainer is not None:
-            skips = self.train_skips if self.trainer.training else self.val_skips
-            skips.record(len(batch), batch.skips)
-            whole = self.batch_size // self.trainer.world_size if self.trainer.training else 1
-            if len(batch) < whole:
-                raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
+        judge_skips(self.trainer, batch, self.batch_size, self.train_skips, self.val_skips)
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def _open(

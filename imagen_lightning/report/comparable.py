@@ -17,8 +17,8 @@ TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
 NUM_LAST = 20  # logged values of the training loss that its mean is taken over
 # What a loss is measured by: of the stage …
 _OF_MODEL = ("image_size", "low_res_size", "crop_size", "diffusion", "augmentation")
-# … and all of the data but how it is loaded.
-_LOADING = ("batch_size", "num_workers", "window", "max_skip_share")
+# … and all of the data but how it is loaded, and in which order.
+_LOADING = ("batch_size", "num_workers", "window", "max_skip_share", "seed")
 _TRAINING_DATA = ("train", "random_flip")
 
 

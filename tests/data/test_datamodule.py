@@ -350,6 +350,20 @@ def test_one_of_several_captions_by_seed_and_position(tmp_path):
     assert set(next(iter(field.train_dataloader())).captions) == {"d", "e"}
 
 
+def test_validation_data_do_not_depend_on_the_seed(tmp_path):
+    shards = write_shards(tmp_path, [30], lambda number, members: {**members, "txt": b"a\nb\nc"})
+    kinds = (
+        lambda seed: ShapesDataModule(16, batch_size=30, seed=seed, num_val=30),
+        lambda seed: LaionDataModule(shards, shards, image_size=8, batch_size=30, seed=seed),
+    )
+    for make in kinds:
+        one, other = make(0), make(1)
+        first, second = (next(iter(data.val_dataloader())) for data in (one, other))
+        assert first.captions == second.captions
+        assert torch.equal(first.images, second.images)
+        assert next(iter(one.train_dataloader())).captions != next(iter(other.train_dataloader())).captions
+
+
 def test_random_crop_and_flip(tmp_path):
     ramp = Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 8, 0).repeat(3, 2))
     buffer = io.BytesIO()

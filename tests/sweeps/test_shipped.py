@@ -1,6 +1,8 @@
 """Shipped sweep files and overlays: W&B's schema, values that arrive where names point, combinations, refusals."""
 
+import os
 import re
+import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +15,7 @@ from imagen_lightning.cli.sweep_check import check, configuration, examples
 from imagen_lightning.errors import InputError
 from imagen_lightning.sweeps.command import arguments_of, expand, own_verb
 from imagen_lightning.sweeps.file import read_sweep
+from imagen_lightning.sweeps.metric import history
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
@@ -33,8 +36,12 @@ def at(config, name):
 
 
 def contains(whole, part):
+    """Whether a configuration holds a file's values; `name+` adds to a list."""
     if isinstance(part, dict):
-        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+        added = {key: value for key, value in part.items() if key.endswith("+")}
+        return all(
+            key in whole and contains(whole[key], value) for key, value in part.items() if key not in added
+        ) and all(contains(whole[key[:-1]][-len(value) :], value) for key, value in added.items())
     if isinstance(part, list):
         return len(whole) == len(part) and all(map(contains, whole, part))
     return whole == part
@@ -153,6 +160,37 @@ def test_an_overlay_changes_what_it_says_of_every_stage(overlay):
         config = configuration(["--config", str(stage), "--config", str(overlay)])
         assert contains(config, given), stage
     assert f"--config experiments/overlays/{overlay.name} " in head
+
+
+def test_measured_samples_leave_the_stages_own_callbacks():
+    """A list in an overlay replaces the stage's, and one of the same length inherits arguments place by place."""
+    stage = EXPERIMENTS / "quickstart" / "base.yaml"
+    own = yaml.safe_load(stage.read_text())["trainer"]["callbacks"]
+    overlay = EXPERIMENTS / "overlays" / "measured_samples.yaml"
+    callbacks = configuration(["--config", str(stage), "--config", str(overlay)])["trainer"]["callbacks"]
+    assert [callback["class_path"] for callback in callbacks[:-1]] == [callback["class_path"] for callback in own]
+    assert callbacks[-1]["class_path"] == "imagen_lightning.callbacks.FID"
+    assert not callbacks[-1]["init_args"]["prompts"]
+
+
+@pytest.mark.parametrize("path", [path for path in SWEEPS if "fit" in path.read_text()], ids=identity)
+def test_the_first_trial_trains_and_logs_its_metric(path, tmp_path):
+    sweep = read_sweep(path)
+    verb, rest = own_verb(expand(sweep, arguments_of(sweep, next(iter(examples(sweep))))))
+    if verb != "fit":
+        pytest.skip("a sweep of evaluations")
+    small = [
+        "--trainer.max_steps=2",
+        "--model.init_args.optimization.warmup_steps=0",
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+    ]
+    run = tmp_path / "run"
+    program = [sys.executable, "-m", "imagen_lightning", verb, *rest, f"--run={run}", *small]
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, cwd=EXPERIMENTS.parent, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in history(run, sweep.metric.name)] == [2]
 
 
 def test_overlays_combine():
