@@ -69,6 +69,9 @@ class Batch(_Movable):
         positions: (B,) int64, each sample's number in the run's consumed order; randomness in training derives from it.
         text: the captions' stored states, or None where the stage encodes them.
         empty: the empty caption's stored states, one text; None where `text` is, or where they were not stored.
+        weights: (B,) float, by which each sample's loss is multiplied in training; None weighs all alike, by 1.
+            They are not normalised: the loss is the mean over the batch of weight times loss, so that it is that of the
+            whole step however this is dealt out to processes and accumulated batches. Validation leaves them aside.
     """
 
     images: Tensor
@@ -77,6 +80,7 @@ class Batch(_Movable):
     positions: Tensor
     text: Text | None = None
     empty: Text | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -132,6 +136,17 @@ class Schedule(ABC):
     def training_time(self, t: Tensor) -> Tensor:
         """Where a draw t in (0, 1] is trained: t itself, or for a table the end of the step that t lies in."""
         return t
+
+    def level_time(self, level: Tensor) -> Tensor:
+        """The time whose noise a low-resolution image of augmentation level `level` in [0, 1] has.
+
+        It is the level itself, or for a table the time of step 1000 level, which is what networks are told.
+        """
+        return level
+
+    def training_level(self, level: Tensor) -> Tensor:
+        """Where a draw of a level in (0, 1) is trained: the level itself, or for a table that of the step around it."""
+        return level
 
 
 class Denoiser(Protocol):

@@ -77,9 +77,9 @@ def test_replacement_keeps_the_dtype_and_passes_the_gradient():
 
 def test_a_batch_moves_with_all_its_tensors():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    batch = Batch(images, ["a", "b"], ["k", "l"], torch.arange(2), make_text(2, 3))
+    batch = Batch(images, ["a", "b"], ["k", "l"], torch.arange(2), make_text(2, 3), weights=torch.tensor([1.0, 2.0]))
     moved = batch.to("meta", non_blocking=True)
-    for value in (moved.images, moved.positions, moved.text.states, moved.text.mask, moved.text.pooled):
+    for value in (moved.images, moved.positions, moved.weights, moved.text.states, moved.text.mask, moved.text.pooled):
         assert value.device.type == "meta"
     assert moved.captions == ["a", "b"]
     assert batch.images.device.type == "cpu"
@@ -88,6 +88,7 @@ def test_a_batch_moves_with_all_its_tensors():
     assert (half.images.dtype, half.positions.dtype, half.text.mask.dtype) == (torch.uint8, torch.int64, torch.bool)
     assert len(batch) == len(batch.text) == 2
     assert Batch(images, [], [], torch.arange(2)).to("meta").text is None
+    assert Batch(images, [], [], torch.arange(2)).to("meta").weights is None
 
 
 def test_a_conditioning_moves_its_text():

@@ -16,7 +16,7 @@ from imagen_lightning.data.decode import decode_captions, decode_fitted, decode_
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
-from imagen_lightning.data.text_states import TextStates
+from imagen_lightning.data.text_states import TextStates, read_captions
 from imagen_lightning.images import downsample
 from imagen_lightning.types import Batch, Text
 
@@ -36,6 +36,7 @@ class Sample:
         text: the caption's stored states, a batch of one.
         empty: the empty caption's, likewise.
         skips: samples that were tried before this one.
+        weight: of its loss in training; None in data that weighs all alike.
     """
 
     image: Tensor | None
@@ -45,6 +46,7 @@ class Sample:
     text: Text | None = None
     empty: Text | None = None
     skips: tuple[Skip, ...] = ()
+    weight: float | None = None
 
 
 @dataclass
@@ -59,6 +61,8 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
     usable = [sample for sample in samples if sample.image is not None]
     texts = [sample.text for sample in usable if sample.text is not None]
     images = [sample.image for sample in usable if sample.image is not None]
+    weights = [1.0 if sample.weight is None else sample.weight for sample in usable]
+    weighted = any(sample.weight is not None for sample in usable)
     return LoadedBatch(
         images=default_collate(images) if images else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
         captions=[sample.caption for sample in usable],
@@ -66,6 +70,7 @@ def collate(samples: Sequence[Sample]) -> LoadedBatch:
         positions=torch.tensor([sample.position for sample in usable], dtype=torch.int64),
         text=stack_text(texts) if texts else None,
         empty=next((sample.empty for sample in usable if sample.empty is not None), None),
+        weights=torch.tensor(weights) if weighted else None,
         skips=[skip for sample in samples for skip in sample.skips],
     )
 
@@ -235,6 +240,19 @@ class ShardDataset(Dataset[Sample]):
                 sample.skips = tuple(skips)
                 return sample
         return Sample(None, "", "", position, skips=tuple(skips))
+
+    def captions(self) -> list[str]:
+        """Every caption that a sample may have; none where their text states are stored."""
+        if self.text is not None or self.text_states is not None:
+            return []
+        found: dict[str, None] = {}
+        for shard, rows in enumerate(self.rows):
+            for row in rows.tolist():
+                try:
+                    found |= dict.fromkeys(read_captions(self.shards, shard, row, self.decode.caption_field))
+                except Unusable:  # noqa: PERF203  (it is counted when it is trained on)
+                    continue
+        return list(found)
 
     def _read_ahead(self, position: int) -> None:
         """Has the remote shards fetched that are read from a position on."""

@@ -102,7 +102,7 @@ class DiffusionMixin:
         x0, conditioning = self.condition(batch, self.seed, training=True)
         losses, times = self.diffusion_loss(x0, conditioning, batch.positions, self.seed)
         self.record = StepRecord(batch.keys, times, losses.detach(), conditioning.aug_level)
-        loss = losses.mean()
+        loss = (losses if batch.weights is None else batch.weights * losses).mean()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))  # type: ignore[attr-defined]
         return loss
 
