@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from imagen_lightning.data.dataset import Sample, collate
+from imagen_lightning.data.captions import captions_of
+from imagen_lightning.data.dataset import LoadedBatch, Sample, collate
 from imagen_lightning.data.order import PositionBatchSampler
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step
 from imagen_lightning.data.skips import SkipLog
@@ -41,6 +42,27 @@ def tell_skips(train: SkipLog, val: SkipLog) -> None:
     for name, skips in (("training", train), ("validation", val)):
         if skips.counts:
             log.warning("%s: %s", name, skips.summary())
+
+
+def judge_skips(trainer: Trainer | None, batch: Any, batch_size: int, train: SkipLog, val: SkipLog) -> None:
+    """Counts what a batch left out.
+
+    Args:
+        trainer: whose batch it is.
+        batch: of training or validation.
+        batch_size: samples of a training batch over all processes.
+        train, val: where skips are counted.
+
+    Raises:
+        InputError: too many are left out, or so many that the batch is not whole.
+    """
+    if trainer is None or not isinstance(batch, LoadedBatch):
+        return
+    skips = train if trainer.training else val
+    skips.record(len(batch), batch.skips)
+    whole = batch_size // trainer.world_size if trainer.training else 1
+    if len(batch) < whole:
+        raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
 
 
 class PositionedDataModule(LightningDataModule):
@@ -76,6 +98,17 @@ class PositionedDataModule(LightningDataModule):
 
     def validation_set(self) -> Dataset[Sample]:
         raise NotImplementedError
+
+    def captions(self) -> list[str]:
+        """Every caption that a stage will have to encode, each once; those with stored text states are none.
+
+        Raises:
+            InputError: there is no end of them.
+        """
+        sets = [self.training_set()]
+        if getattr(self, "val", "") is not None:
+            sets.append(self.validation_set())
+        return list(dict.fromkeys(caption for dataset in sets for caption in captions_of(dataset)))
 
     @property
     def position(self) -> int:
