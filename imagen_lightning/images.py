@@ -38,12 +38,15 @@ def downsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="area")
 
 
-def upsample(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Bilinear resize of float (B, C, H, W) to a side, or a height and width; half-pixel centres."""
+def upsample(images: Tensor, size: int | tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Bilinear resize of float (B, C, H, W) to a side, or a height and width.
+
+    Pixels lie at half-pixel centres; with align_corners the corner pixels' centres lie at the image's corners.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     if images.shape[-2:] == (height, width):
         return images
-    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=align_corners)
 
 
 def to_pil(image: Tensor) -> Image.Image:

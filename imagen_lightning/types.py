@@ -211,6 +211,9 @@ class TextEncoder(ABC):
         """
         return {"encoder": self.name, "max_tokens": str(self.max_tokens)}
 
+    def free(self) -> None:  # noqa: B027  (most encoders have nothing to give back)
+        """Gives back the memory of weights that the next call loads again, where there are any."""
+
     def num_tokens(self, captions: Sequence[str]) -> list[int]:
         """The number of states that each caption has, without padding."""
         text = self(captions)

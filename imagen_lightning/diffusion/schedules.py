@@ -288,3 +288,11 @@ class DiscreteSchedule(Schedule):
     def training_time(self, t: Tensor) -> Tensor:
         """The time of the step whose interval (k / num_steps, (k + 1) / num_steps] holds t."""
         return torch.ceil(self._position(t)).clamp(1, self.num_steps) / self.num_steps
+
+    def level_time(self, level: Tensor) -> Tensor:
+        """The time of step 1000 level, as DeepFloyd IF has it: 0.25 is step 250, and 0 has a first step's noise."""
+        return ((1000 * level + 1) / self.num_steps).clamp(max=1)
+
+    def training_level(self, level: Tensor) -> Tensor:
+        """The level of the step whose interval (k / num_steps, (k + 1) / num_steps] holds the draw: k / 1000."""
+        return self.network_time(self.training_time(level)) / 1000
