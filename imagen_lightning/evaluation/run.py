@@ -84,7 +84,7 @@ def evaluate(request: Request, out: Path) -> Outcome | None:
     cascade = Cascade.load(request.cascade, device, trust=request.trust)
     chosen = points(cascade, Axes(request.axes or {}))
     data = _data(request, cascade)
-    measurer = _measurer(request, out / "measured", cascade.device)
+    measurer = make_measurer(request, out / "measured", cascade.device)
     judge = None if request.save_best is None else _judge(request, measurer, data)
     try:
         return _evaluate(request, out, cascade, chosen, data, measurer, judge)
@@ -123,7 +123,7 @@ def _evaluate(
             part=part,
             meet=meet,
         )
-        _draw(drawing, wanted)
+        draw_chains(drawing, wanted)
         _measure(drawing, wanted, measurer, [stage.image_size for stage in cascade.stages] if is_matrix else [])
         meet()
         if part.rank != 0:
@@ -180,7 +180,7 @@ def _categories(data: EvaluationSet, row: Row, measured: Measured) -> list[Row]:
     return found
 
 
-def _measurer(request: Request, folder: Path, device: torch.device) -> Measurer:
+def make_measurer(request: Request, folder: Path, device: torch.device) -> Measurer:
     """With all networks that the request asks for; what cannot be had is refused before anything is drawn."""
     from imagen_lightning.metrics import features
     from imagen_lightning.metrics.image_quality import LPIPS
@@ -245,7 +245,7 @@ def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> N
     write_json(path, plan)
 
 
-def _draw(drawing: Drawing, wanted: Sequence[Chain]) -> None:
+def draw_chains(drawing: Drawing, wanted: Sequence[Chain]) -> None:
     """Draws the chains under one progress bar."""
     total, seen = 0, set()
     for chain in wanted:
