@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.run_folder import log_metrics
+from imagen_lightning.networks.flops import count_flops
 from imagen_lightning.types import Conditioning, InputError
-
-log = logging.getLogger(__name__)
 
 
 class Throughput(pl.Callback):
@@ -114,30 +110,6 @@ def uncounted(trainer: pl.Trainer) -> Iterator[None]:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput):
                 callback._paused += time.perf_counter() - start
-
-
-def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> float | None:
-    """FLOPs an image of a forward and a backward pass of `network(x_t, t, conditioning)`, counted on the meta device.
-
-    Nothing is computed, no memory taken, no random number drawn. A masked key counts as any other. None, and a warning,
-    where the network looks at values, which a meta tensor lacks.
-    """
-    text = replace(conditioning.text, mask=None) if conditioning.text is not None else None
-    weights = {
-        name: torch.empty_like(value, device="meta").requires_grad_(value.requires_grad)
-        for name, value in [*network.named_parameters(), *network.named_buffers()]
-    }
-    dtype = next(network.parameters()).dtype
-    with torch.no_grad():  # the conditioning may hang on a trainable text network
-        inputs = [item.to("meta", dtype) for item in (x_t, t, replace(conditioning, text=text))]
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), counter:
-            torch.func.functional_call(network, weights, tuple(inputs)).sum().backward()
-    except (RuntimeError, NotImplementedError) as error:
-        log.warning("FLOPs are not logged: the network does not run on tensors without values (%s)", error)
-        return None
-    return counter.get_total_flops() / len(x_t)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:

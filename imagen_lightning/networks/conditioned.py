@@ -162,15 +162,15 @@ class ConditionedNetwork(nn.Module):
         return layer.text_key_values(text.states, text.mask) if ready is None else ready
 
 
-def one_per_level(value: Any, levels: int, name: str) -> list[Any]:
-    """One value a level, from one for all or a list.
+def one_per_level(value: Any, levels: int, name: str, parts: str = "levels") -> list[Any]:
+    """One value a level (or other part of the network), from one for all or a list.
 
     Raises:
         InputError: the list's length differs from the number of levels.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * levels
     if len(values) != levels:
-        raise InputError(f"{name} {values} has {len(values)} entries for {levels} levels")
+        raise InputError(f"{name} {values} has {len(values)} entries for {levels} {parts}")
     return values
 
 

@@ -69,7 +69,7 @@ class EfficientUNet(ConditionedNetwork):
         super().__init__(channels, dim, time_dim, text_dim, low_res, patch_size)
         self.dim, self.multipliers, self.num_blocks, self.attention = dim, multipliers, num_blocks, attention
         self.head_dim, self.groups, self.dropout, self.out_channels = head_dim, groups, dropout, out_channels
-        self.upsampling, self.recompute = upsampling, recompute
+        self.upsampling = upsampling
         levels = len(multipliers)
         blocks = per_level(num_blocks, levels, "num_blocks")
         if len(attention) != levels or any(form not in ATTENTION_FORMS for form in attention):
@@ -78,7 +78,7 @@ class EfficientUNet(ConditionedNetwork):
             )
         if upsampling not in UPSAMPLINGS:
             raise InputError(f"upsampling {upsampling!r} is unknown; use one of {', '.join(UPSAMPLINGS)}")
-        self.recompute_levels = one_per_level(recompute, levels, "recompute")
+        self.recompute_with(recompute)
         widths = [dim * multiplier for multiplier in multipliers]
         if any(width % groups for width in [dim, *widths]):
             raise InputError(f"groups {groups} does not divide every level's channels {widths}")
@@ -109,6 +109,11 @@ class EfficientUNet(ConditionedNetwork):
         self.conv_out = nn.Conv2d(dim, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+
+    def recompute_with(self, value: bool | list[bool]) -> None:
+        """Sets `recompute`."""
+        self.recompute_levels = one_per_level(value, len(self.multipliers), "recompute")
+        self.recompute = value
 
     def forward(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t (B, C, H, W), time (B,) in [0, 1000] to the output (B, out_channels, H, W)."""

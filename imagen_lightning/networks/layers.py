@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +38,25 @@ def add(x: Tensor, h: Tensor) -> Tensor:
     return h.add_(x) if h.dtype == x.dtype else x + h
 
 
+_recomputes: ContextVar[bool] = ContextVar("recomputes", default=True)
+
+
+@contextmanager
+def nothing_recomputed() -> Iterator[None]:
+    """Inside, all activations are kept: where the FLOPs are counted of the work that must be done."""
+    token = _recomputes.set(False)
+    try:
+        yield
+    finally:
+        _recomputes.reset(token)
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), whose activations are computed again in the backward pass instead of kept (Chen et al. 2016).
 
-    Random numbers, as dropout's, are the same both times. On the meta device, where FLOPs are counted, nothing is
-    computed again: there is no memory to spare, and the count is of the work that must be done.
+    Random numbers, as dropout's, are the same both times. Inside `nothing_recomputed` activations are kept.
     """
-    if not torch.is_grad_enabled() or inputs[0].is_meta:
+    if not torch.is_grad_enabled() or not _recomputes.get():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[return-value]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_lightning.networks.attention import TextReader, key_mask, split_heads
-from imagen_lightning.networks.conditioned import ConditionedNetwork
+from imagen_lightning.networks.conditioned import ConditionedNetwork, one_per_level
 from imagen_lightning.networks.layers import recomputed, sinusoidal
 from imagen_lightning.types import Conditioning, InputError
 
@@ -31,7 +31,8 @@ class PatchTransformer(ConditionedNetwork):
         dropout: after each attention and feed-forward.
         channels: of the images.
         out_channels: of the output: those of the images, or twice as many where the variance is learned.
-        recompute: whether activations are computed again in the backward pass instead of kept.
+        recompute: whether a block's activations are computed again in the backward pass instead of kept, one value or
+            one a block: less memory for a third more time.
     """
 
     def __init__(
@@ -46,18 +47,24 @@ class PatchTransformer(ConditionedNetwork):
         dropout: float = 0.0,
         channels: int = 3,
         out_channels: int = 3,
-        recompute: bool = False,
+        recompute: bool | list[bool] = False,
     ) -> None:
         super().__init__(channels, 256, dim, text_dim, low_res, patch_size)
         if head_dim % 4 or dim % head_dim:
             raise InputError(f"head_dim {head_dim} must be a multiple of 4 and divide dim {dim}")
         self.dim, self.num_layers, self.bottleneck, self.head_dim = dim, num_layers, bottleneck, head_dim
-        self.dropout, self.out_channels, self.recompute = dropout, out_channels, recompute
+        self.dropout, self.out_channels = dropout, out_channels
+        self.recompute_with(recompute)
         self.stride = patch_size
         self.patch_in = nn.Sequential(nn.Linear(self.in_channels, bottleneck, bias=False), nn.Linear(bottleneck, dim))
         self.blocks = nn.ModuleList(Block(dim, text_dim, head_dim, dropout) for _ in range(num_layers))
         self.norm_out, self.modulate_out = RMSNorm(dim), _zero(nn.Linear(dim, 2 * dim))
         self.patch_out = _zero(nn.Linear(dim, out_channels * patch_size**2))
+
+    def recompute_with(self, value: bool | list[bool]) -> None:
+        """Sets `recompute`."""
+        self.recompute_levels = one_per_level(value, self.num_layers, "recompute", "blocks")
+        self.recompute = value
 
     def forward(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t (B, C, H, W), time (B,) in [0, 1000] to the output (B, out_channels, H, W)."""
@@ -76,7 +83,7 @@ class PatchTransformer(ConditionedNetwork):
         tokens = tokens + positions(height, width, self.dim, x_t.device).to(tokens.dtype)
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            if self.recompute:
+            if self.recompute_levels[index]:
                 tokens = recomputed(lambda t, i=index, b=block: run(i, b, t), tokens)
             else:
                 tokens = run(index, block, tokens)

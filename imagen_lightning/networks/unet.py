@@ -105,13 +105,10 @@ class UNet(ConditionedNetwork):
         self.eps, self.text_projection, self.text_norm = eps, text_projection, text_norm
         self.text_pooling, self.pooling_heads = text_pooling, pooling_heads
         self.skip_scale, self.mid_scale, self.out_scale = skip_scale, mid_scale, out_scale
-        self.recompute = recompute
         levels = len(multipliers)
         blocks, heads = per_level(num_blocks, levels, "num_blocks"), per_level(head_dim, levels, "head_dim")
-        attends, again = (
-            one_per_level(list(attention), levels, "attention"),
-            one_per_level(recompute, levels, "recompute"),
-        )
+        attends = one_per_level(list(attention), levels, "attention")
+        self.recompute_with(recompute)
         widths = [round(dim * multiplier) for multiplier in multipliers]
         if any(width % groups for width in widths):
             raise InputError(f"groups {groups} does not divide every level's channels {widths}")
@@ -128,7 +125,7 @@ class UNet(ConditionedNetwork):
 
         self.conv_in = nn.Conv2d(self.in_channels, widths[0], 3, padding=1)
         self.down_blocks, self.down_attention = nn.ModuleList(), nn.ModuleList()
-        self.recompute_down: list[bool] = []
+        self.level_down: list[int] = []
         width, skips = widths[0], [widths[0]]
         for level, out in enumerate(widths):
             for _ in range(blocks[level]):
@@ -140,13 +137,12 @@ class UNet(ConditionedNetwork):
                 self.down_blocks.append(block(width, width, "down"))
                 self.down_attention.append(nn.Identity())
                 skips.append(width)
-            self.recompute_down += [again[level]] * (len(self.down_blocks) - len(self.recompute_down))
+            self.level_down += [level] * (len(self.down_blocks) - len(self.level_down))
         self.mid_in, self.mid_attention = block(width, width, scale=mid_scale), attend(levels - 1)
         self.mid_out = block(width, width, scale=mid_scale)
-        self.recompute_mid = again[-1]
         self.up_blocks, self.up_attention = nn.ModuleList(), nn.ModuleList()
         self.num_skips: list[int] = []
-        self.recompute_up: list[bool] = []
+        self.level_up: list[int] = []
         for level in reversed(range(levels)):
             out = widths[level]
             for _ in range(blocks[level] + 1):
@@ -158,24 +154,29 @@ class UNet(ConditionedNetwork):
                 self.up_blocks.append(block(width, width, "up"))
                 self.up_attention.append(nn.Identity())
                 self.num_skips.append(0)
-            self.recompute_up += [again[level]] * (len(self.up_blocks) - len(self.recompute_up))
+            self.level_up += [level] * (len(self.up_blocks) - len(self.level_up))
         self.norm_out = nn.GroupNorm(groups, width, eps)
         self.activate_out = activation_layer(activation)
         self.conv_out = nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
+    def recompute_with(self, value: bool | list[bool]) -> None:
+        """Sets `recompute`."""
+        self.recompute_levels = one_per_level(value, len(self.multipliers), "recompute")
+        self.recompute = value
+
     def forward(self, x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """x_t (B, C, H, W), time (B,) in [0, 1000] to the output (B, out_channels, H, W)."""
         self.check(x_t, conditioning, self.stride)
         embedding, text = self.embed(time, conditioning), self.read(conditioning)
 
-        def run(block: nn.Module, attention: nn.Module, name: str, again: bool, h: Tensor, *skips: Tensor) -> Tensor:
+        def run(block: nn.Module, attention: nn.Module, name: str, level: int, h: Tensor, *skips: Tensor) -> Tensor:
             def compute(h: Tensor, *skips: Tensor) -> Tensor:
                 h = block(torch.cat([h, *skips], dim=1) if skips else h, embedding)
                 return self.attend(name, attention, h, conditioning, text)
 
-            return recomputed(compute, h, *skips) if again else compute(h, *skips)
+            return recomputed(compute, h, *skips) if self.recompute_levels[level] else compute(h, *skips)
 
         def middle(h: Tensor) -> Tensor:
             h = self.attend("mid_attention", self.mid_attention, self.mid_in(h, embedding), conditioning, text)
@@ -184,13 +185,13 @@ class UNet(ConditionedNetwork):
         h = self.conv_in(self.join(x_t, conditioning))
         skips = [h]
         for i, parts in enumerate(zip(self.down_blocks, self.down_attention)):
-            h = run(*parts, f"down_attention.{i}", self.recompute_down[i], h)
+            h = run(*parts, f"down_attention.{i}", self.level_down[i], h)
             skips.append(h)
-        h = recomputed(middle, h) if self.recompute_mid else middle(h)
+        h = recomputed(middle, h) if self.recompute_levels[-1] else middle(h)
         for i, parts in enumerate(zip(self.up_blocks, self.up_attention)):
             taken = [skips.pop() for _ in range(self.num_skips[i])]
             if self.skip_scale != 1:
                 taken = [skip * self.skip_scale for skip in taken]
-            h = run(*parts, f"up_attention.{i}", self.recompute_up[i], h, *taken)
+            h = run(*parts, f"up_attention.{i}", self.level_up[i], h, *taken)
         h = self.conv_out(self.activate_out(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback
 
 from imagen_lightning.callbacks import RunCSVLogger, Throughput
 from imagen_lightning.callbacks import throughput as module
-from imagen_lightning.callbacks.throughput import count_flops, matmul_rate, uncounted
+from imagen_lightning.callbacks.throughput import matmul_rate, uncounted
 from imagen_lightning.networks.attention import TextAttention, key_mask
+from imagen_lightning.networks.flops import count_flops
 from imagen_lightning.types import Conditioning, InputError, Text
 
 

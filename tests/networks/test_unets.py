@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from imagen_lightning.callbacks.throughput import count_flops
 from imagen_lightning.components import build, describe
 from imagen_lightning.networks import EfficientUNet, PatchTransformer, UNet
+from imagen_lightning.networks.flops import count_flops
 from imagen_lightning.types import Conditioning, InputError, Text
 
 TEXT_DIM, LENGTH, SIZE = 6, 5, 8
@@ -310,7 +310,7 @@ def test_the_efficient_unet_scales_its_skips_and_adds_its_stem():
 
 
 def gradients_and_kept_bytes(network, inputs, seed=3):
-    """Gradients of a functional of the output, and the bytes kept from the forward for the backward pass."""
+    """A functional of the output, its gradients, and the bytes kept from the forward for the backward pass."""
     network.zero_grad()
     kept = {}
 
@@ -322,12 +322,14 @@ def gradients_and_kept_bytes(network, inputs, seed=3):
     torch.manual_seed(seed)  # of the dropout
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = network(*inputs)
-    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}, sum(kept.values())
+    loss = (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(9))).sum()
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+    return {"loss": loss.detach(), **gradients}, sum(kept.values())
 
 
 @pytest.mark.parametrize("name", ["unet", "unet as IF low_res", "efficient", "patches"])
-def test_recomputed_activations_give_the_same_gradients_from_less_memory(name):
+def test_recomputed_activations_give_the_same_loss_and_gradients_from_less_memory(name):
     plain, again = make(name, dropout=0.3).train(), make(name, dropout=0.3, recompute=True).train()
     inputs = make_inputs(plain, 16)
     (expected, much), (found, little) = (gradients_and_kept_bytes(network, inputs) for network in (plain, again))
@@ -337,12 +339,23 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory(name):
     assert little < 0.5 * much
 
 
-@pytest.mark.parametrize("name", ["unet", "efficient"])
+@pytest.mark.parametrize("name", ["unet", "efficient", "patches"])  # of the last, blocks
 def test_levels_are_recomputed_one_by_one(name):
     kept = [gradients_and_kept_bytes(n := make(name, recompute=r).train(), make_inputs(n, 16))[1] for r in LEVELS]
     none, first, last, both = kept
     assert none > max(first, last)
     assert min(first, last) > both
+
+
+def test_recomputation_is_set_afterwards_too():
+    for name in ("unet", "efficient", "patches"):
+        made, network = make(name, recompute=[True, False]).train(), make(name).train()
+        network.recompute_with([True, False])
+        assert describe(network) == describe(made)
+        inputs = make_inputs(network, 16)
+        assert gradients_and_kept_bytes(network, inputs)[1] == gradients_and_kept_bytes(made, inputs)[1]
+        with pytest.raises(InputError, match=r"recompute \[True\] has 1 entries for 2"):
+            network.recompute_with([True])
 
 
 def test_flops_are_counted_without_those_of_recomputation():
