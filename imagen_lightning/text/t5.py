@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from imagen_lightning.text.cleaning import clean_caption
 from imagen_lightning.text.common import CutCounter, masked_mean, padded_length
+from imagen_lightning.text.hub import (
+    LoadError,
+    cached_folder,
+    first_sentence,
+    import_transformers,
+    load_part,
+    local_folder,
+)
 from imagen_lightning.text.identity import PROBES, digest_tokens, digest_weights
+from imagen_lightning.text.pseudo_tokens import PseudoTokens, add_vectors
 from imagen_lightning.types import InputError, Text, TextEncoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}  # ByT5 is a "t5"
-_SENTENCE_END = re.compile(r"\.\s|(?<!:)\n(?=[A-Z])")
+_CLEANING: dict[bool | str, str] = {False: "none", True: "clean_caption", "lowercase": "lowercase"}
+_SUFFIXES: dict[bool | str, str] = {False: "", True: "+clean", "lowercase": "+lower"}
 
 
 class T5TextEncoder(TextEncoder):
@@ -30,9 +42,9 @@ class T5TextEncoder(TextEncoder):
 
     `name` is the hub name (with "@revision" where one is given) or, for a local folder, the folder's own name and eight
     digits of its config.json's SHA-256, never the path before it: copies of a folder on different machines count as the
-    same encoder. "+clean" follows where captions are cleaned, "+padded" where padding is attended to. To move a cascade
-    whose encoder is a local folder, copy that folder too and let `name_or_path` in the manifest say where it lies;
-    nothing else changes.
+    same encoder. "+clean" or "+lower" follows where captions are changed, "+padded" where padding is attended to. To
+    move a cascade whose encoder is a local folder, copy that folder too and let `name_or_path` in the manifest say
+    where it lies; nothing else changes.
 
     Args:
         name_or_path: "google/t5-v1_1-xxl", or a folder with config.json, weights and tokenizer files.
@@ -40,14 +52,17 @@ class T5TextEncoder(TextEncoder):
             says so.
         dtype: "float32", "bfloat16" or "float16", in which the weights are held and computed with; states are float32
             whichever it is. T5 v1.1 and its descendants were trained in bfloat16 and may overflow in float16.
-        clean_captions: read captions through `clean_caption`.
+        clean_captions: read captions through `clean_caption`; or "lowercase": stripped and in lower case, as DeepFloyd
+            IF's pipelines read prompts.
         revision: branch, tag or commit on the hub.
         padding: "masked", or "attended" as DeepFloyd IF was trained: every caption is padded to max_tokens (IF: 77), T5
             does not attend to the padding, but its states at the padding are kept, and there is no mask.
+        subfolder: where config.json and the weights lie below name_or_path, "text_encoder" in a diffusers pipeline.
+        tokenizer_subfolder: where the tokenizer lies, "tokenizer" in a diffusers pipeline; by default `subfolder`.
 
     Raises:
-        InputError: max_tokens below 1, an unknown dtype or padding; later, at first use, a folder or hub model that
-            cannot be had, is incomplete, or is no T5.
+        InputError: max_tokens below 1, an unknown dtype, padding or cleaning; later, at first use, a folder or hub
+            model that cannot be had, is incomplete, or is no T5.
     """
 
     def __init__(
@@ -55,9 +70,11 @@ class T5TextEncoder(TextEncoder):
         name_or_path: str,
         max_tokens: int = 128,
         dtype: str = "float32",
-        clean_captions: bool = False,
+        clean_captions: bool | str = False,
         revision: str | None = None,
         padding: str = "masked",
+        subfolder: str | None = None,
+        tokenizer_subfolder: str | None = None,
     ) -> None:
         if max_tokens < 1:
             raise InputError(f"T5TextEncoder needs max_tokens of at least 1, not {max_tokens}")
@@ -65,14 +82,21 @@ class T5TextEncoder(TextEncoder):
             raise InputError(f"T5TextEncoder dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
         if padding not in ("masked", "attended"):
             raise InputError(f"T5TextEncoder padding {padding!r} is unknown; use 'masked' or 'attended'")
+        if clean_captions not in _CLEANING:
+            raise InputError(
+                f"T5TextEncoder clean_captions {clean_captions!r} is unknown; use true, false or 'lowercase'"
+            )
         self.name_or_path = str(name_or_path)
         self.max_tokens = max_tokens
         self.dtype = dtype
         self.clean_captions = clean_captions
         self.revision = revision
         self.padding = padding
+        self.subfolder = subfolder
+        self.tokenizer_subfolder = tokenizer_subfolder
         self._cut = CutCounter()
         self._device: torch.device | None = None
+        self._readers: dict[tuple[str, ...], Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> T5TextEncoder:
         return self  # EMA deep-copies the stage; frozen weights of gigabytes are shared instead
@@ -84,11 +108,12 @@ class T5TextEncoder(TextEncoder):
 
     @cached_property
     def name(self) -> str:
-        settings = ("+clean" if self.clean_captions else "") + ("+padded" if self.padding == "attended" else "")
+        settings = _SUFFIXES[self.clean_captions] + ("+padded" if self.padding == "attended" else "")
         if self._folder is None:
-            return self.name_or_path + (f"@{self.revision}" if self.revision else "") + settings
+            place = f"/{self.subfolder}" if self.subfolder else ""
+            return self.name_or_path + place + (f"@{self.revision}" if self.revision else "") + settings
         try:
-            digest = hashlib.sha256((self._folder / "config.json").read_bytes()).hexdigest()
+            digest = hashlib.sha256((self._folder / (self.subfolder or "") / "config.json").read_bytes()).hexdigest()
         except OSError:
             raise InputError(f"text encoder folder {self.name_or_path!r} has no config.json") from None
         return f"{self._folder.resolve().name}-{digest[:8]}{settings}"
@@ -97,8 +122,16 @@ class T5TextEncoder(TextEncoder):
     def dim(self) -> int:
         return int(self._config.d_model)
 
-    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Text:
-        """Encodes B captions on `device`, without gradients.
+    def __call__(
+        self, captions: Sequence[str], device: torch.device | str = "cpu", tokens: PseudoTokens | None = None
+    ) -> Text:
+        """Encodes B captions on `device`, without gradients but those that reach the vectors of `tokens`.
+
+        Args:
+            captions: B strings.
+            device: where the encoder works.
+            tokens: words beside the tokenizer's own, read as transformers reads words that are added to a tokenizer;
+                their vectors stand in the place of the embeddings of pieces.
 
         Returns:
             states (B, L, D) float32 with L the longest caption's number of tokens rounded up to a multiple of 8 (at
@@ -109,17 +142,20 @@ class T5TextEncoder(TextEncoder):
         Raises:
             InputError: the model cannot be loaded (see the class), or overflows in float16.
         """
-        rows = self._tokenize(captions)
+        rows = self._tokenize(captions, tokens)
         attended = self.padding == "attended"
         length = self.max_tokens if attended else padded_length(max(map(len, rows), default=1), 8, self.max_tokens)
         ids = torch.full((len(rows), length), self._tokenizer.pad_token_id or 0)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
-        mask = mask.to(device)
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            hidden = self._on(device)(input_ids=ids.to(device), attention_mask=mask.long()).last_hidden_state
+        for row, numbers in enumerate(rows):
+            ids[row, : len(numbers)] = torch.tensor(numbers)
+            mask[row, : len(numbers)] = True
+        ids, mask = ids.to(device), mask.to(device)
+        learns = tokens is not None and bool((ids < 0).any()) and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns), torch.autocast(torch.device(device).type, enabled=False):
+            model = self._on(device)
+            given = {"input_ids": ids} if tokens is None else {"inputs_embeds": _embedded(model, ids, tokens)}
+            hidden = model(attention_mask=mask.long(), **given).last_hidden_state
         states = hidden.float() if attended else hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0)
         if self.dtype == "float16" and not states.isfinite().all():
             raise InputError(f"text encoder {self.name_or_path!r} overflows in float16; set dtype bfloat16 or float32")
@@ -132,43 +168,91 @@ class T5TextEncoder(TextEncoder):
         The weights' is "" where their files are not at hand; they are never loaded for it.
         """
         probes = self._tokenizer(self._readable(PROBES), verbose=False)["input_ids"]
-        folder = self._folder or _cached_folder(self.name_or_path, self.revision)
+        place = self.subfolder or ""
+        if self._folder is None:
+            folder = cached_folder(self.name_or_path, place, self.revision)
+        else:
+            folder = self._folder / place
         try:
             weights = digest_weights(folder) if folder is not None else ""
         except OSError as error:
             raise InputError(f"weights of text encoder {self.name_or_path!r} cannot be read: {error}") from None
         return {
             **super().identity(),
-            "cleaning": "clean_caption" if self.clean_captions else "none",
+            "cleaning": _CLEANING[self.clean_captions],
             "padding": self.padding,
             "tokenizer": digest_tokens(probes),
             "weights": weights,
             "precision": self.dtype,
         }
 
-    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+    def num_tokens(self, captions: Sequence[str], tokens: PseudoTokens | None = None) -> list[int]:
         if self.padding == "attended" or not captions:
             return [self.max_tokens] * len(captions)
-        rows = self._tokenizer(self._readable(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
-        return [len(row) for row in rows]
+        return [len(row) for row, _ in self._rows(self._readable(captions, tokens), tokens)]
 
-    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each caption, at most max_tokens, the end mark last."""
-        texts = self._readable(captions)
+    def embed(self, text: str) -> Tensor:
+        """The input embeddings (n, D) float32 of a text's n pieces, on the CPU; loads the weights."""
+        numbers = self._tokenizer(self._readable([text])[0], add_special_tokens=False)["input_ids"]
+        return self._model.get_input_embeddings().weight[numbers].float().cpu()
+
+    def _tokenize(self, captions: Sequence[str], tokens: PseudoTokens | None = None) -> list[list[int]]:
+        """Numbers of each caption's pieces, at most max_tokens, the end mark last; -1-n for row n of tokens' table."""
+        rows = self._rows(self._readable(captions, tokens), tokens)
+        num_cut = sum(cut for _, cut in rows)
+        self._cut.add(num_cut, len(rows), limit=f"{self.max_tokens} tokens; a larger max_tokens reads more")
+        return [row for row, _ in rows]
+
+    def _rows(self, texts: list[str], tokens: PseudoTokens | None) -> list[tuple[list[int], bool]]:
+        """What `_tokenize` gives, and whether it was cut."""
+        parts = [[text] if tokens is None else tokens.parts(text) for text in texts]
+        plain = iter(self._plain_rows([text for text, split in zip(texts, parts) if len(split) == 1]))
+        return [next(plain) if tokens is None or len(split) == 1 else self._new_row(split, tokens) for split in parts]
+
+    def _plain_rows(self, texts: list[str]) -> list[tuple[list[int], bool]]:
         if not texts:
             return []
         rows = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
         full = [text for text, row in zip(texts, rows) if len(row) == self.max_tokens]
-        whole = self._tokenizer(full, verbose=False)["input_ids"] if full else []
-        num_cut = sum(len(row) > self.max_tokens for row in whole)
-        self._cut.add(num_cut, len(texts), limit=f"{self.max_tokens} tokens; a larger max_tokens reads more")
-        return rows
+        whole = iter(self._tokenizer(full, verbose=False)["input_ids"] if full else [])
+        return [(row, len(row) == self.max_tokens and len(next(whole)) > self.max_tokens) for row in rows]
 
-    def _readable(self, captions: Sequence[str]) -> list[str]:
-        """The captions as the tokenizer gets them."""
+    def _new_row(self, parts: list[str], tokens: PseudoTokens) -> tuple[list[int], bool]:
+        """The row of a caption of pseudo-words (see `PseudoTokens.parts`), and whether it was cut."""
+        reader = self._reader(tuple(tokens.words))
+        places = {reader.convert_tokens_to_ids(word): rows for word, rows in tokens.places().items()}
+        row: list[int] = []
+        for number in reader("".join(parts), verbose=False)["input_ids"]:
+            row += [-1 - place for place in places[number]] if number in places else [number]
+        cut = len(row) > self.max_tokens
+        return ([*row[: self.max_tokens - 1], row[-1]] if cut else row), cut
+
+    def _reader(self, words: tuple[str, ...]) -> Any:
+        """The tokenizer with words added."""
+        if words not in self._readers:
+            reader = copy.deepcopy(self._tokenizer)
+            added = import_transformers().AddedToken
+            reader.add_tokens([added(word, normalized=False) for word in words])
+            self._readers = {words: reader}
+        return self._readers[words]
+
+    def _readable(self, captions: Sequence[str], tokens: PseudoTokens | None = None) -> list[str]:
+        """The captions as the tokenizer gets them; pseudo-words look like HTML and stay."""
         # A lone surrogate, which a broken decoder leaves in a str, would end the tokenizer.
         texts = [caption.encode("utf-8", errors="replace").decode("utf-8") for caption in captions]
-        return [clean_caption(text) for text in texts] if self.clean_captions else texts
+        if self.clean_captions == "lowercase":
+            return [text.lower().strip() for text in texts]
+        if not self.clean_captions:
+            return texts
+        keep = None if tokens is None else lambda tag: bool(tokens.known(tag))
+        return [clean_caption(text, keep) for text in texts]
+
+    def free(self) -> None:
+        if self.__dict__.pop("_model", None) is not None:
+            self._device = None
+            gc.collect()  # transformers' models hold themselves in cycles
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def _on(self, device: torch.device | str) -> Any:
         device = torch.device(device)
@@ -180,19 +264,12 @@ class T5TextEncoder(TextEncoder):
     @cached_property
     def _folder(self) -> Path | None:
         """The local folder, or None for a name on the hub."""
-        path = Path(self.name_or_path).expanduser()
-        if path.is_dir():
-            return path
-        if self.name_or_path.startswith(("/", ".", "~")) or self.name_or_path.count("/") > 1:
-            raise InputError(
-                f"text encoder folder {self.name_or_path!r} does not exist; give the folder that holds config.json, "
-                f"weights and tokenizer, or a hub name such as 'google/t5-v1_1-small'"
-            )
-        return None
+        needs = "config.json, weights and tokenizer, or a hub name such as 'google/t5-v1_1-small'"
+        return local_folder(self.name_or_path, "text encoder", needs)
 
     @cached_property
     def _config(self) -> Any:
-        config = self._load("config.json", _transformers().AutoConfig.from_pretrained)
+        config = self._load("config.json", import_transformers().AutoConfig.from_pretrained)
         if config.model_type not in _ENCODERS:
             raise InputError(
                 f"text encoder {self.name_or_path!r} is a {config.model_type!r} model; give any kind of T5"
@@ -206,7 +283,7 @@ class T5TextEncoder(TextEncoder):
 
     @cached_property
     def _model(self) -> Any:
-        model_class = getattr(_transformers(), _ENCODERS[self._config.model_type])
+        model_class = getattr(import_transformers(), _ENCODERS[self._config.model_type])
         options = {"dtype": _DTYPES[self.dtype], "output_loading_info": True}
         model, report = self._load("weights", model_class.from_pretrained, **options)
         if report["missing_keys"]:
@@ -219,71 +296,38 @@ class T5TextEncoder(TextEncoder):
 
     def _load(self, what: str, load: Callable[..., Any], **options: Any) -> Any:
         """Calls a `from_pretrained`: in the folder, or in the cache and then on the hub; errors become one line."""
-        from safetensors import SafetensorError
-
-        source = str(self._folder or self.name_or_path)
-        options |= {"trust_remote_code": False} | ({"revision": self.revision} if self.revision else {})
+        place = self.subfolder or ""
+        if what == "tokenizer" and self.tokenizer_subfolder is not None:
+            place = self.tokenizer_subfolder
         try:
-            try:
-                return load(source, local_files_only=True, **options)
-            except OSError:
-                if self._folder is not None:
-                    raise
-                _reach_hub(source, self.revision)
-                return load(source, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = _first_sentence(error)
+            return load_part(load, self.name_or_path, self._folder, self.revision, place, **options)
+        except LoadError as error:
             if self._folder is not None:
-                message = f"cannot read the {what} of text encoder folder {source!r}: {reason}"
+                message = f"cannot read the {what} of text encoder folder {str(self._folder / place)!r}: {error}"
             else:
                 message = (
-                    f"cannot get the {what} of text encoder {source!r} from the cache or from Hugging Face: check the "
-                    f"name and the network, or give a local folder as name_or_path ({reason})"
+                    f"cannot get the {what} of text encoder {self.name_or_path!r} from the cache or from Hugging Face: "
+                    f"check the name and the network, or give a local folder as name_or_path ({error})"
                 )
             raise InputError(message) from error
 
 
-def _cached_folder(source: str, revision: str | None) -> Path | None:
-    """Where Hugging Face's cache holds a hub model's files, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(source, "config.json", revision=revision)
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def _reach_hub(source: str, revision: str | None) -> None:
-    """Raises OSError where the hub does not answer, at once: a load would try six times, with lines of its own."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(source, "config.json", revision=revision))
-    except Exception as error:  # the class is that of whichever HTTP client the hub's library uses
-        # What the hub itself refuses is left to the load, which meets it again and words it better.
-        if not isinstance(error, OSError | ValueError):
-            raise OSError(str(error) or type(error).__name__) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(_SENTENCE_END.split(str(error).strip(), maxsplit=1)[0].split()).removesuffix(".")
+def _embedded(model: Any, ids: Tensor, tokens: PseudoTokens) -> Tensor:
+    """The embeddings (B, L, D) of numbers (B, L), with the tokens' vectors where a number is below 0."""
+    new = ids < 0
+    x = model.get_input_embeddings()(ids.clamp(min=0)).masked_fill(new.unsqueeze(-1), 0)
+    places = [(row, column, -1 - int(ids[row, column])) for row, column in new.nonzero().tolist()]
+    return add_vectors(x, places, tokens) if places else x
 
 
 def _read_tokenizer(source: str, **options: Any) -> Any:
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(source, **options)
     except OSError:
         raise
     except Exception as error:  # the Rust tokenizers raise nothing more exact
-        raise OSError(f"it is missing or damaged; add its tokenizer.json ({_first_sentence(error)})") from error
+        raise OSError(f"it is missing or damaged; add its tokenizer.json ({first_sentence(error)})") from error
     # Without its vocabulary file transformers makes an empty tokenizer that reads every word as unknown.
     if tokenizer.unk_token_id in tokenizer("a photo")["input_ids"]:
         raise OSError("it has no vocabulary; add its spiece.model or tokenizer.json")
     return tokenizer
-
-
-def _transformers() -> Any:
-    from imagen_lightning.torchvision_mend import mend
-
-    mend()  # transformers imports torchvision
-    import transformers
-
-    return transformers

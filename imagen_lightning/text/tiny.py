@@ -10,8 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from imagen_lightning.text.common import CutCounter, masked_mean, padded_length
+from imagen_lightning.text.pseudo_tokens import PseudoTokens, add_vectors
 from imagen_lightning.types import InputError, Text, TextEncoder
 
 WORD_SHARE = 0.64
@@ -64,36 +66,77 @@ class TinyTextEncoder(TextEncoder):
         """Captions cut so far."""
         return self._cut.num_cut
 
-    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> Text:
+    def __call__(
+        self, captions: Sequence[str], device: torch.device | str = "cpu", tokens: PseudoTokens | None = None
+    ) -> Text:
         """Encodes B captions.
+
+        Args:
+            captions: B strings.
+            device: of the states.
+            tokens: words beside the encoder's own, whose vectors stand in the place of words; gradients reach them.
 
         Returns:
             states (B, L, D) with L the longest caption's number of words rounded up to a multiple of 4 (at most
             max_tokens), zero where padded; mask (B, L); pooled (B, D). An empty caption is one zero state.
         """
-        words = [_words(caption) for caption in captions]
-        num_cut = sum(len(line) > self.max_tokens for line in words)
-        self._cut.add(num_cut, len(words), limit=f"{self.max_tokens} words; a larger max_tokens reads more")
-        lengths = [min(len(line), self.max_tokens) for line in words]
+        lines = [_read(caption, tokens) for caption in captions]
+        num_cut = sum(len(line) > self.max_tokens for line in lines)
+        self._cut.add(num_cut, len(lines), limit=f"{self.max_tokens} words; a larger max_tokens reads more")
+        lengths = [min(len(line), self.max_tokens) for line in lines]
         length = padded_length(max(lengths, default=1), 4, self.max_tokens)
-        states = np.zeros((len(words), length, self.dim), dtype=np.float32)
-        mask = np.zeros((len(words), length), dtype=bool)
+        states = np.zeros((len(lines), length, self.dim), dtype=np.float32)
+        mask = np.zeros((len(lines), length), dtype=bool)
         mask[:, 0] = True
-        for row, line in enumerate(words):
+        places = []
+        for row, line in enumerate(lines):
             for column, word in enumerate(line[: self.max_tokens]):
-                states[row, column] = _word_vector(word, self.dim, self.seed)
+                if isinstance(word, int):
+                    places.append((row, column, word))
+                else:
+                    states[row, column] = _word_vector(word, self.dim, self.seed)
             states[row, : lengths[row]] += self._positions[: lengths[row]]
             mask[row, : lengths[row]] = True
         moved, on_device = torch.from_numpy(states).to(device), torch.from_numpy(mask).to(device)
+        if places and tokens is not None:
+            moved = add_vectors(moved, places, tokens)
         return Text(moved, on_device, masked_mean(moved, on_device))
 
-    def num_tokens(self, captions: Sequence[str]) -> list[int]:
-        return [min(max(len(_words(caption)), 1), self.max_tokens) for caption in captions]
+    def num_tokens(self, captions: Sequence[str], tokens: PseudoTokens | None = None) -> list[int]:
+        return [min(max(len(_read(caption, tokens)), 1), self.max_tokens) for caption in captions]
+
+    def embed(self, text: str) -> Tensor:
+        """The vectors (n, D) of a text's n words, without positions."""
+        vectors = [_word_vector(word, self.dim, self.seed) for word in _words(text)]
+        return torch.from_numpy(np.array(vectors, dtype=np.float32).reshape(-1, self.dim))
 
 
 def _words(caption: str) -> list[str]:
     folded = unicodedata.normalize("NFC", caption).casefold()
     return [word.strip(string.punctuation) or word for word in folded.split()]
+
+
+def _read(caption: str, tokens: PseudoTokens | None) -> list[str | int]:
+    """The caption's words, and for each vector of a pseudo-word its number; marks attached to such are dropped."""
+    parts = tokens.parts(caption) if tokens is not None else [caption]
+    if tokens is None or len(parts) == 1:
+        return list(_words(caption))
+    places, read = tokens.places(), list[str | int]()
+    for number, part in enumerate(parts):
+        if number % 2:
+            read += places[part]
+            continue
+        words = _words(part)
+        if number > 0 and words and not part[0].isspace() and _is_mark(words[0]):
+            del words[0]
+        if number < len(parts) - 1 and words and not part[-1].isspace() and _is_mark(words[-1]):
+            del words[-1]
+        read += words
+    return read
+
+
+def _is_mark(word: str) -> bool:
+    return not word.strip(string.punctuation)
 
 
 @lru_cache(maxsize=65536)

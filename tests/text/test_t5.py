@@ -277,6 +277,8 @@ def test_is_a_component_and_reading_it_loads_nothing():
         "clean_captions": False,
         "revision": "main",
         "padding": "masked",
+        "subfolder": None,
+        "tokenizer_subfolder": None,
     }
     assert out.strip() == f"{expected} False"
     assert build(describe(T5TextEncoder("google/t5-v1_1-xxl"))).name == "google/t5-v1_1-xxl"
@@ -317,7 +319,7 @@ def test_hub_model_without_network(monkeypatch, capfd):
 
 
 def test_hub_model_that_is_not_there(monkeypatch):
-    monkeypatch.setattr("imagen_lightning.text.t5._reach_hub", lambda *_: None)
+    monkeypatch.setattr("imagen_lightning.text.hub.reach_hub", lambda *_: None)
     advice = "'nobody/t5' is not listed on 'https://huggingface.co/models'\nIf this is a private repository, log in."
 
     def load(source, **options):
@@ -388,3 +390,52 @@ def test_bad_arguments():
         T5TextEncoder("google/t5-v1_1-small", dtype="int8")
     with pytest.raises(InputError, match="at least 1, not 0"):
         T5TextEncoder("google/t5-v1_1-small", max_tokens=0)
+
+
+# ---- a diffusers pipeline's folder
+
+
+@needs_tokenizer
+def test_encoder_and_tokenizer_in_subfolders(t5, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(t5, pipeline / "text_encoder", ignore=shutil.ignore_patterns("spiece.model", "*token*"))
+    shutil.copytree(t5, pipeline / "tokenizer", ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
+    places = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    encoder, plain = T5TextEncoder(pipeline, **places), T5TextEncoder(t5)
+    assert torch.equal(encoder(CAPTIONS).states, plain(CAPTIONS).states)
+    assert encoder.name == plain.name.replace("tiny-t5", "pipeline")
+    same = {key: value for key, value in plain.identity().items() if key != "encoder"}
+    assert {key: value for key, value in encoder.identity().items() if key != "encoder"} == same
+    assert same["weights"]
+    assert build(describe(encoder)).name == encoder.name
+    for absent in ({"subfolder": "text_encoder_2"}, {**places, "tokenizer_subfolder": "tokenizer_2"}):
+        with pytest.raises(InputError, match="_2"):
+            T5TextEncoder(pipeline, **absent)(CAPTIONS)
+
+
+def test_a_subfolder_of_a_hub_model_is_named_and_asked_for(monkeypatch):
+    asked = []
+
+    def unreachable(*given):
+        asked.append(given)
+        raise OSError("no network")
+
+    monkeypatch.setattr("imagen_lightning.text.hub.reach_hub", unreachable)
+    encoder = T5TextEncoder("some-one/no-such", subfolder="text_encoder", tokenizer_subfolder="tokenizer")
+    assert encoder.name == "some-one/no-such/text_encoder"
+    with pytest.raises(InputError, match="cannot get the config"):
+        _ = encoder.dim
+    assert asked == [("some-one/no-such", "text_encoder", None)]
+
+
+@needs_tokenizer
+def test_lowercase_reads_prompts_as_deepfloyds_pipelines_do(t5):
+    encoder, plain = T5TextEncoder(t5, clean_captions="lowercase"), T5TextEncoder(t5)
+    captions = ["  A Photo, of a CAT <b>! ", "a photo, of a cat <b>!"]
+    states = encoder(captions).states
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states, plain([captions[1]] * 2).states)
+    assert encoder.name == plain.name + "+lower"
+    assert encoder.identity()["cleaning"] == "lowercase"
+    with pytest.raises(InputError, match="clean_captions 'upper' is unknown; use true, false or 'lowercase'"):
+        T5TextEncoder(t5, clean_captions="upper")
