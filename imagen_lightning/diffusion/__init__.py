@@ -20,7 +20,7 @@ from imagen_lightning.diffusion.thresholding import (
     threshold,
 )
 from imagen_lightning.diffusion.times import EvenTimes, LogitNormalTimes, LogNormalTimes, TrainingTimes
-from imagen_lightning.diffusion.variance import LearnedRange
+from imagen_lightning.diffusion.variance import FixedVariance, LearnedRange
 from imagen_lightning.diffusion.weightings import P2, MinSNR, Plain, SigmoidWeighting, TruncatedSNR, Weighting
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "DynamicThresholding",
     "Epsilon",
     "EvenTimes",
+    "FixedVariance",
     "Flow",
     "FlowSchedule",
     "LearnedRange",

@@ -9,7 +9,7 @@ from torch import Tensor
 from imagen_lightning.diffusion.common import per_image as per_image
 from imagen_lightning.diffusion.parametrizations import Parametrization
 from imagen_lightning.diffusion.times import EvenTimes, TrainingTimes
-from imagen_lightning.diffusion.variance import LearnedRange
+from imagen_lightning.diffusion.variance import FixedVariance, LearnedRange
 from imagen_lightning.diffusion.weightings import Weighting
 from imagen_lightning.types import Denoised, InputError, Schedule
 
@@ -18,15 +18,18 @@ from imagen_lightning.types import Denoised, InputError, Schedule
 class DiffusionProcess:
     """A schedule, what the network predicts on it, and how noise levels are drawn and weighted.
 
-    All images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1]. With a learned variance the network's output has 2C
-    channels.
+    All images are (B, C, H, W) in [-1, 1]; t is (B,) in [0, 1]. With a variance the network's output has 2C channels.
     """
 
     schedule: Schedule
     parametrization: Parametrization
     weighting: Weighting
     times: TrainingTimes = field(default_factory=EvenTimes)
-    variance: LearnedRange | None = None
+    variance: LearnedRange | FixedVariance | None = None
+
+    @property
+    def learns_variance(self) -> bool:
+        return isinstance(self.variance, LearnedRange)
 
     def coefficients(self, t: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), shaped to multiply images."""
@@ -48,7 +51,7 @@ class DiffusionProcess:
         target = self.parametrization.target(x0, epsilon, alpha, sigma)
         errors = (prediction - target).square().flatten(1).mean(1)
         losses = errors * self.weighting(alpha, sigma, self.parametrization).flatten()
-        if self.variance is None or fraction is None:
+        if not isinstance(self.variance, LearnedRange) or fraction is None:
             return losses
         estimate = self.parametrization.x0(prediction, alpha * x0 + sigma * epsilon, alpha, sigma)
         return losses + self.variance.losses(Denoised(estimate, fraction), x0, t, self.schedule)
@@ -81,7 +84,7 @@ class DiffusionProcess:
         """
         _, fraction = self.split(output.to(x_t.dtype), x_t.shape[1])
         if fraction is None:
-            raise InputError("the variance is not learned here: diffusion.variance is null")
+            raise InputError("the variance is not learned here: diffusion.variance is no LearnedRange")
         return Denoised(self.x0(output, x_t, t), fraction)
 
 

@@ -39,3 +39,14 @@ class LearnedRange:
         s = torch.where(s < 1e-3 / self.num_steps, torch.zeros_like(s), s)  # t - 1/T is not 0 to the bit at t = 1/T
         terms = bound_terms(Denoised(denoised.x0.detach(), denoised.variance), x0, t, s, schedule)
         return self.vlb_weight * self.num_steps * terms
+
+
+class FixedVariance:
+    """Leaves a network's second half of channels aside: neither trained nor sampled with.
+
+    For fine-tuning, by the loss on the prediction alone (L_simple), a network that once learned its variance; the
+    channels drift and say nothing afterwards. A sampler then takes a variance of its own, as DDPM's "small".
+    """
+
+    def fraction(self, raw: Tensor) -> None:
+        """None: there is no learned variance."""

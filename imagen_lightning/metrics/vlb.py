@@ -149,7 +149,7 @@ def _terms(
         epsilon[k == step] = noise.to(x0.dtype)
     x_t = process.add_noise(x0, epsilon, t)
     output = stage.predict(x_t, t.to(x0.dtype), conditioning)
-    if process.variance is None:
+    if not process.learns_variance:
         estimate = process.x0(output, x_t, t)
         denoised = Denoised(estimate, torch.full_like(estimate, _FRACTIONS[variance]))
     else:

@@ -9,7 +9,9 @@ from imagen_lightning.stages.mixin import DiffusionMixin  # first: it lets light
 # isort: split
 import lightning
 
-from imagen_lightning.stages.settings import Diffusion, Execution, Optimization, Sampling, TextSettings
+from imagen_lightning.networks import LoRA
+from imagen_lightning.stages.optimization import Optimization
+from imagen_lightning.stages.settings import Diffusion, Execution, Sampling, TextSettings
 from imagen_lightning.types import Batch, Conditioning
 
 
@@ -25,6 +27,7 @@ class BaseStage(DiffusionMixin, lightning.LightningModule):
         optimization: optimizer and learning-rate schedule.
         execution: channels-last, torch.compile.
         seed: of training's noise, times and drops.
+        adapter: low-rank adapters of the network, which alone are then trained.
     """
 
     def __init__(
@@ -37,12 +40,14 @@ class BaseStage(DiffusionMixin, lightning.LightningModule):
         optimization: Optimization | None = None,
         execution: Execution | None = None,
         seed: int = 0,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.image_size, self.network, self.seed = image_size, network, seed
         self.text, self.diffusion = text or TextSettings(), diffusion or Diffusion()
         self.sampling, self.optimization = sampling or Sampling(), optimization or Optimization()
         self.execution = execution or Execution()
+        self.adapter = adapter
         self.process = self.diffusion.process()
         self.prepare()
 

@@ -6,9 +6,9 @@ how a batch becomes images and conditioning (`condition`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from imagen_lightning.diffusion.guidance import within
 from imagen_lightning.diffusion.process import wrong_channels
 from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
 from imagen_lightning.images import to_float
+from imagen_lightning.networks import LoRA, lora
 from imagen_lightning.samplers.common import noise_like
-from imagen_lightning.stages.settings import Execution, Optimization, Sampling, TextSettings
+from imagen_lightning.stages.optimization import Optimization
+from imagen_lightning.stages.settings import Execution, Sampling, TextSettings
 from imagen_lightning.text.batching import join_texts, replace_texts
 from imagen_lightning.types import Batch, Conditioning, Denoiser, InputError, Sampler, Text
 
@@ -56,6 +58,7 @@ class DiffusionMixin:
     sampling: Sampling
     optimization: Optimization
     execution: Execution
+    adapter: LoRA | None = None
     null_embedding: nn.Parameter
     record: StepRecord | None
 
@@ -71,11 +74,36 @@ class DiffusionMixin:
         self.text_network = self.text.network
         if self.text.null_text == "learned" and self.text.encoder is not None:
             self.null_embedding = nn.Parameter(0.02 * torch.randn(self.text.encoder.dim))
+        if self.adapter is not None:
+            self.adapter.inject(self.network)
         if self.execution.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.execution.compile:
             self.network.compile()
+        self.optimization.freeze_parameters(self)  # type: ignore[arg-type]
         self.record = None
+
+    def attach_adapter(self, adapter: LoRA) -> None:
+        """Gives a stage that has its weights an adapter, which alone is trained from here on."""
+        if self.adapter is not None:
+            raise InputError("the stage has an adapter already; merge it first")
+        adapter.inject(self.network)
+        self.adapter = adapter
+        self.optimization.freeze_parameters(self)  # type: ignore[arg-type]
+
+    def attach_tokens(self, tokens: PseudoTokens) -> None:
+        """Gives a stage that has its weights new words, beside those that it knows."""
+        known = self.text.tokens
+        self.text = replace(self.text, tokens=tokens if known is None else known.joined(tokens))
+        self.tokens = self.text.tokens
+        self.tokens.to(next(self.network.parameters()).device)  # type: ignore[union-attr]
+
+    def merge_adapter(self) -> None:
+        """Folds the stage's adapter, if it has one, into the weights; all of them can be trained again."""
+        if self.adapter is not None:
+            lora.merge(self.network)
+            self.adapter = None
+            self.requires_grad_(True)  # type: ignore[attr-defined]
 
     # ---- training
 
@@ -176,10 +204,10 @@ class DiffusionMixin:
             negative: B captions that take the place of the null text.
             variance: give `Denoised` with the learned variance rather than x0 alone.
         """
-        if variance and self.process.variance is None:
+        if variance and not self.process.learns_variance:
             raise InputError(
-                "the sampler needs a learned variance and the stage has none (diffusion.variance is null); use another "
-                "sampler, or DDPM with variance 'small' or 'large'"
+                "the sampler needs a learned variance and the stage has none (diffusion.variance is no LearnedRange); "
+                "use another sampler, or DDPM with variance 'small' or 'large'"
             )
         if negative and len(negative) != len(captions):
             raise InputError(f"{len(negative)} negative captions for {len(captions)} captions; give one a caption")
@@ -292,23 +320,12 @@ class DiffusionMixin:
     # ---- Lightning
 
     def configure_optimizers(self) -> Any:
-        settings = self.optimization
-        parameters = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
-        optimizer = settings.optimizer(parameters)
+        optimizer = self.optimization.make(self)  # type: ignore[arg-type]
         # Not trainer.estimated_stepping_batches: reading it drops the loader's state (Lightning #20550).
         total = self.trainer.max_steps  # type: ignore[attr-defined]
-        settings.check_length(total)
-
-        def factor(step: int) -> float:
-            if step < settings.warmup_steps:
-                return (step + 1) / settings.warmup_steps
-            if settings.lr_schedule == "constant":
-                return 1.0
-            progress = min((step - settings.warmup_steps) / (total - settings.warmup_steps), 1.0)
-            end = settings.final_lr_share
-            return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.optimization.check_length(total)
+        shares = partial(self.optimization.share_at, total=total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

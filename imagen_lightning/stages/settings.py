@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from imagen_lightning.diffusion import (
     CosineSchedule,
     DiffusionProcess,
     EvenTimes,
+    FixedVariance,
     LearnedRange,
     Parametrization,
     Plain,
@@ -25,8 +23,6 @@ from imagen_lightning.diffusion import (
 from imagen_lightning.samplers import DDIM, UniformTimes
 from imagen_lightning.types import InputError, Sampler, Schedule, Spacing, TextEncoder
 
-OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
-
 
 @dataclass
 class Diffusion:
@@ -37,7 +33,8 @@ class Diffusion:
         parametrization: what the network predicts; by default V.
         weighting: how much each noise level counts in the loss; by default Plain.
         times: at which times the network is trained; by default EvenTimes. Validation is always even.
-        variance: LearnedRange for a network that gives channels for the variance as well; None for one that does not.
+        variance: LearnedRange for a network that gives channels for the variance as well, FixedVariance to leave them
+            aside; None for a network without.
     """
 
     # None stands for the default: a configuration is written back as YAML, which cannot hold an object.
@@ -45,7 +42,7 @@ class Diffusion:
     parametrization: Parametrization = None  # type: ignore[assignment]
     weighting: Weighting = None  # type: ignore[assignment]
     times: TrainingTimes = None  # type: ignore[assignment]
-    variance: LearnedRange | None = None
+    variance: LearnedRange | FixedVariance | None = None
 
     def __post_init__(self) -> None:
         self.schedule = self.schedule or CosineSchedule()
@@ -141,37 +138,3 @@ class Sampling:
             self.guidance_interval = (low, high)
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale {self.guidance_rescale} must be in [0, 1]")
-
-
-@dataclass
-class Optimization:
-    """How the stage is trained; no part of a cascade.
-
-    Attributes:
-        optimizer: any torch optimizer by class_path, e.g. torch.optim.Adafactor; by default torch.optim.AdamW.
-        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
-        lr_schedule: "constant", or "cosine" down to `final_lr_share` at the trainer's max_steps.
-        final_lr_share: the share of the learning rate that a cosine schedule ends at.
-    """
-
-    # None stands for the default: jsonargparse would give a YAML's optimizer the default one's arguments, e.g. AdamW's
-    # weight_decay to SGD.
-    optimizer: OptimizerFactory = None  # type: ignore[assignment]
-    warmup_steps: int = 0
-    lr_schedule: str = "constant"
-    final_lr_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW if self.optimizer is None else self.optimizer
-        if self.lr_schedule not in ("constant", "cosine"):
-            raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
-        if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps {self.warmup_steps} must not be negative")
-
-    def check_length(self, max_steps: int) -> None:
-        """Raises InputError where training ends before a cosine schedule begins to descend, or never (-1)."""
-        if self.lr_schedule == "cosine" and max_steps <= self.warmup_steps:
-            raise InputError(
-                f"lr_schedule 'cosine' needs trainer.max_steps above warmup_steps {self.warmup_steps}, got {max_steps}"
-                "; raise trainer.max_steps or lower optimization.warmup_steps"
-            )

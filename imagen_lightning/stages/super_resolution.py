@@ -16,8 +16,10 @@ import lightning
 from imagen_lightning.diffusion import LowResAugmentation
 from imagen_lightning.diffusion.random import Stream, normal, uniform
 from imagen_lightning.images import downsample, upsample
+from imagen_lightning.networks import LoRA
 from imagen_lightning.samplers.common import noise_like
-from imagen_lightning.stages.settings import Diffusion, Execution, Optimization, Sampling, TextSettings
+from imagen_lightning.stages.optimization import Optimization
+from imagen_lightning.stages.settings import Diffusion, Execution, Sampling, TextSettings
 from imagen_lightning.types import Batch, Conditioning, InputError
 
 
@@ -41,6 +43,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         optimization: optimizer and learning-rate schedule.
         execution: channels-last, torch.compile.
         seed: of training's noise, times, drops, levels and crops.
+        adapter: low-rank adapters of the network, which alone are then trained.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         optimization: Optimization | None = None,
         execution: Execution | None = None,
         seed: int = 0,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         if not 0 < low_res_size < image_size:
@@ -69,6 +73,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         self.crop_size = crop_size
         self.sampling, self.optimization = sampling or Sampling(guidance=1.0), optimization or Optimization()
         self.execution = execution or Execution()
+        self.adapter = adapter
         self.process = self.diffusion.process()
         if not 0 <= aug_level <= self.augmentation.max_level:
             raise InputError(

@@ -120,7 +120,7 @@ def test_sampling_with_learned_variance():
     assert not torch.allclose(learned, small)
     assert not torch.allclose(learned, large)
     assert draw(DDIM()).shape == learned.shape
-    with pytest.raises(InputError, match=r"diffusion.variance is null.*'small'"):
+    with pytest.raises(InputError, match=r"diffusion.variance is no LearnedRange.*'small'"):
         base_stage().sample(CAPTIONS, generators(1, 2), num_steps=3, sampler=DDPM("learned"))
 
 

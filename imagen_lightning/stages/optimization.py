@@ -1,0 +1,127 @@
+"""How a stage is trained: optimizer, learning rates, and which parameters are trained at all."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import filter as fnmatch_filter
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from imagen_lightning.networks.lora import is_adapter
+from imagen_lightning.types import InputError
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@dataclass
+class Optimization:
+    """How the stage is trained; no part of a cascade.
+
+    Parameters are named by patterns of their names in the stage, where * stands for anything: `network.down_blocks.*`,
+    `text_network.*`, `*.bias`.
+
+    Attributes:
+        optimizer: any torch optimizer by class_path, e.g. torch.optim.Adafactor; by default torch.optim.AdamW.
+        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        lr_schedule: "constant", or "cosine" down to `final_lr_share` at the trainer's max_steps.
+        final_lr_share: the share of the learning rate that a cosine schedule ends at.
+        train: patterns of the parameters that are trained; null for all, or for those of the stage's adapter.
+        freeze: patterns of the parameters that are not trained, also where `train` names them.
+        lr_scales: what the learning rate is multiplied by, by pattern; of several that match the first counts.
+    """
+
+    # None stands for the default: jsonargparse would give a YAML's optimizer the default one's arguments, e.g. AdamW's
+    # weight_decay to SGD.
+    optimizer: OptimizerFactory = None  # type: ignore[assignment]
+    warmup_steps: int = 0
+    lr_schedule: str = "constant"
+    final_lr_share: float = 0.0
+    train: list[str] | None = None
+    freeze: list[str] = field(default_factory=list)
+    lr_scales: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW if self.optimizer is None else self.optimizer
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
+        if self.warmup_steps < 0:
+            raise InputError(f"warmup_steps {self.warmup_steps} must not be negative")
+        for pattern, scale in self.lr_scales.items():
+            if not 0 < scale < math.inf:
+                raise InputError(f"lr_scales {scale} of {pattern!r} must be positive; to train none of it, freeze it")
+
+    def check_length(self, max_steps: int) -> None:
+        """Raises InputError where training ends before a cosine schedule begins to descend, or never (-1)."""
+        if self.lr_schedule == "cosine" and max_steps <= self.warmup_steps:
+            raise InputError(
+                f"lr_schedule 'cosine' needs trainer.max_steps above warmup_steps {self.warmup_steps}, got {max_steps}"
+                "; raise trainer.max_steps or lower optimization.warmup_steps"
+            )
+
+    def share_at(self, step: int, total: int) -> float:
+        """The share of its learning rate that an optimizer takes at a step of `total`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return 1.0
+        progress = min((step - self.warmup_steps) / (total - self.warmup_steps), 1.0)
+        end = self.final_lr_share
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    # ---- which parameters
+
+    def freeze_parameters(self, stage: nn.Module) -> None:
+        """Lets the stage's chosen parameters alone have gradients; what asks for none already stays so, unless `train`
+        names it.
+
+        Raises:
+            InputError: a pattern that matches no parameter, or nothing left to train.
+        """
+        parameters = dict(stage.named_parameters())
+        for setting in ("train", "freeze", "lr_scales"):
+            _check_patterns(setting, getattr(self, setting) or (), list(parameters))
+        adapted = any(map(is_adapter, parameters))
+        for name, parameter in parameters.items():
+            if self.train is not None:
+                parameter.requires_grad_(_matches(name, self.train))
+            elif adapted and not is_adapter(name):
+                parameter.requires_grad_(False)
+            if _matches(name, self.freeze):
+                parameter.requires_grad_(False)
+        chosen = self.train is not None or self.freeze
+        if chosen and not any(parameter.requires_grad for parameter in parameters.values()):
+            raise InputError("optimization.train and freeze leave no parameter to train")
+
+    def make(self, stage: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the stage's parameters that are trained: one group for each factor of the learning rate."""
+        trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        if not self.lr_scales:
+            return self.optimizer(list(trained.values()))
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            scale = next((scale for pattern, scale in self.lr_scales.items() if fnmatchcase(name, pattern)), 1.0)
+            groups.setdefault(scale, []).append(parameter)
+        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        for scale, group in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] = scale * group["lr"]
+        return optimizer
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(setting: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raises InputError for a pattern that matches no name."""
+    for pattern in patterns:
+        if not fnmatch_filter(names, pattern):
+            below = [f"{part}.{pattern}" for part in ("network", "text_network")]
+            near = [other for other in below if fnmatch_filter(names, other)]
+            near = near or difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+            raise InputError(f"optimization.{setting} {pattern!r} matches no parameter; near it: {', '.join(near)}")
