@@ -190,9 +190,8 @@ def test_fit_with_an_adapter_resumes_to_the_bit(config, cascade, tmp_path, monke
     assert [group["lr"] for group in groups] == [0.01, 0.04]
     # the base's weights are those of the cascade, and the adapter's have moved
     base = Cascade.load(cascade).stages[0].state_dict()
-    plain = {
-        name.replace(".base_layer", ""): value for name, value in whole["state_dict"].items() if "lora" not in name
-    }
+    weights = whole["state_dict"]
+    plain = {name.replace(".base_layer", ""): value for name, value in weights.items() if "lora" not in name}
     assert plain.keys() == base.keys()
     assert all(torch.equal(value, plain[name]) for name, value in base.items())
     moved = [name for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0]
