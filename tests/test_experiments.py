@@ -10,6 +10,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from imagen_lightning.cli import fit
+from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.components import build, describe
 from imagen_lightning.stages import BaseStage, DiffusionMixin
 from imagen_lightning.text import T5TextEncoder
@@ -49,7 +50,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(T5TextEncoder, "dim", property(lambda encoder: T5_DIMS[encoder.name_or_path]))
 
     def parts(name):
-        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *fit.prepare("fit", ["--config", str(name)])])
+        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *prepare("fit", ["--config", str(name)])])
         with torch.device("meta"):
             return Parts(
                 parser_class=fit.Parser,

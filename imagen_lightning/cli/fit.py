@@ -26,7 +26,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from imagen_lightning.callbacks import (
     EMA,
@@ -40,21 +39,17 @@ from imagen_lightning.callbacks import (
     find_last,
     interrupted,
     update_run_info,
-    wandb_agent_run,
     wandb_logger,
 )
 from imagen_lightning.callbacks.checkpoint import is_finished
 from imagen_lightning.callbacks.values import stage_name
 from imagen_lightning.cascade import load_weights, read_checkpoint
-from imagen_lightning.cli.configs import find_config, read_config
+from imagen_lightning.cli.fit_arguments import CONFIG, prepare, tell
 from imagen_lightning.cli.stage_parser import Parser
 from imagen_lightning.data.datamodule import PositionedDataModule
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import unwritable, write_text
 from imagen_lightning.stages import DiffusionMixin
-
-CONFIG = "config.yaml"
-_SEEDS = ("seed_everything", "model.init_args.seed", "data.init_args.seed")
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     # The data hands each process its part of a global batch itself, and training does not end with an epoch.
@@ -183,7 +178,7 @@ class StageCLI(LightningCLI):
         """Trains in the run folder."""
         max_steps = self.settings.trainer.max_steps
         if 0 < max_steps <= self.start_step and not self._ends_now(max_steps):
-            _tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
+            tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
             return
         if isinstance(self.datamodule, PositionedDataModule):
             self.datamodule.on_change = self.settings.on_change
@@ -245,7 +240,7 @@ class StageCLI(LightningCLI):
         to_wandb = wandb_logger(run, project, config, group=self.settings.wandb_group, job_type=stage)
         if (os.environ.get("WANDB_MODE") or to_wandb._wandb_init["mode"]) == "offline":
             os.environ.setdefault("WANDB_SILENT", "true")
-            _tell(f"logging to W&B offline run {to_wandb._id} in {Path(run) / 'wandb'}")
+            tell(f"logging to W&B offline run {to_wandb._id} in {Path(run) / 'wandb'}")
         return [RunCSVLogger(run), to_wandb]
 
     def dump(self) -> str:
@@ -318,77 +313,6 @@ def _refuse_second_class(config: Any) -> None:
     elif isinstance(config, list):
         for value in config:
             _refuse_second_class(value)
-
-
-# ---- the command line before it is parsed
-
-
-def _take(arguments: Sequence[str], *names: str) -> tuple[list[str], list[str]]:
-    """The values given to an option (`--name value` or `--name=value`), and the other arguments."""
-    values, rest, items = [], [], iter(arguments)
-    for item in items:
-        name, has_value, value = item.partition("=")
-        if name not in names:
-            rest.append(item)
-        elif has_value:
-            values.append(value)
-        else:
-            following = next(items, None)
-            if following is None:
-                raise InputError(f"{item} needs a value")
-            values.append(following)
-    return values, rest
-
-
-def prepare(verb: str, arguments: Sequence[str]) -> list[str]:
-    """Settles configuration and run folder before anything is parsed: a run is resumed with its own config.yaml.
-
-    Raises:
-        InputError: a configuration does not exist; the folder holds a run and `--resume` is not given, or holds
-            something else.
-    """
-    names, rest = _take(arguments, "--config", "-c")
-    configs = [find_config(name) for name in names]
-    contents = [read_config(path) for path in configs]
-    seeds, rest = _take(rest, "--seed")
-    rest += [f"--{key}={seeds[-1]}" for key in _SEEDS] if seeds else []
-    writes = not any(item.split("=")[0].endswith(("-h", "help", "--print_config")) for item in rest)
-    if verb == "fit" and writes:
-        resume = "--resume" in rest
-        runs, rest = _take([item for item in rest if item != "--resume"], "--run")
-        if not runs:
-            runs = [str(content["run"]) for content in contents if content.get("run")]
-            agent = wandb_agent_run()
-            if runs and agent is not None:
-                runs, resume = [str(Path(runs[-1], *agent))], True
-        if runs:
-            rest += ["--run", runs[-1]]
-            _refuse_used(Path(runs[-1]), resume)
-            own = Path(runs[-1], CONFIG)
-            if resume and own.exists():
-                configs = [own]
-    return [item for path in configs for item in ("--config", str(path))] + rest
-
-
-def _refuse_used(run: Path, resume: bool) -> None:
-    if not _is_first():
-        return  # the first process has looked, and may have begun to write
-    if (run / CONFIG).exists():
-        if not resume:
-            raise InputError(f"{run} holds a run already; add --resume to go on with it, or choose another --run")
-        _tell(f"going on with {run}, configured by {run / CONFIG}")
-    elif run.is_file() or (run.exists() and any(path.name != f"{CONFIG}.partial" for path in run.iterdir())):
-        raise InputError(f"{run} is not empty and holds no run; choose another --run")
-
-
-def _is_first() -> bool:
-    """Whether this is the first of the run's processes, or the only one."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _tell(text: str) -> None:
-    if _is_first():
-        print(text, file=sys.stderr, flush=True)
 
 
 _NO_NEWS = ("💡 Tip", "`Trainer.fit` stopped: `max_steps=", "GPU available: ", "TPU available: ", "Seed set to ")

@@ -168,8 +168,9 @@ def calibrate(stage: str) -> tuple[int, dict[str, float]]:
     """Makes the stage and its data from the YAML and times a few steps in each precision without Lightning's loop."""
     import torch
 
+    from imagen_lightning.cli.configs import find_config
     from imagen_lightning.cli.fit import Parser as StageParser
-    from imagen_lightning.cli.fit import StageCLI, find_config
+    from imagen_lightning.cli.fit import StageCLI
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     sys.argv = sys.argv[:1]  # LightningCLI warns where arguments are given twice

@@ -74,12 +74,13 @@ def configuration(words: Sequence[str]) -> dict[str, Any]:
     import yaml
 
     from imagen_lightning.cli import fit
+    from imagen_lightning.cli.fit_arguments import prepare
 
     class Parsed(fit.StageCLI):
         def instantiate_classes(self) -> None:
             pass
 
-    given = [word for word in fit.prepare("fit", [*words, "--print_config"]) if word != "--print_config"]
+    given = [word for word in prepare("fit", [*words, "--print_config"]) if word != "--print_config"]
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         made = Parsed(

@@ -21,7 +21,8 @@ from PIL import Image
 
 from imagen_lightning.callbacks import NoiseLevelLoss
 from imagen_lightning.cascade import Cascade
-from imagen_lightning.cli import fit
+from imagen_lightning.cli import fit, fit_arguments
+from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
 
@@ -265,10 +266,10 @@ def test_a_run_killed_while_its_configuration_was_written_begins_anew(cli):
 
 
 def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeypatch):
-    monkeypatch.setattr(fit.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(fit_arguments.rank_zero_only, "rank", 1)
     run = trained / "three"
     arguments = ["--config", str(run / "config.yaml"), "--run", str(run)]
-    assert fit.prepare("fit", arguments) == arguments
+    assert prepare("fit", arguments) == arguments
 
 
 def test_a_trial_run_leaves_the_folder_free(cli):

@@ -9,8 +9,8 @@ from optuna.trial import TrialState
 
 from imagen_lightning.callbacks import wandb_logger
 from imagen_lightning.callbacks.run_folder import read_run_info
-from imagen_lightning.cli import fit
 from imagen_lightning.cli.evaluate import agent_folder
+from imagen_lightning.cli.fit_arguments import prepare
 
 STAGE = {
     "run": "runs/tiny",
@@ -122,10 +122,10 @@ def test_an_agent_s_run_has_its_folder_and_its_identity(stage, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    words = fit.prepare("fit", ["--config", str(stage), "--seed=3"])
+    words = prepare("fit", ["--config", str(stage), "--seed=3"])
     assert words[-2:] == ["--run", "runs/tiny/sw33p/abc123"]
     assert "--seed_everything=3" in words
-    assert fit.prepare("fit", ["--config", str(stage), "--run", "runs/mine"])[-1] == "runs/mine"
+    assert prepare("fit", ["--config", str(stage), "--run", "runs/mine"])[-1] == "runs/mine"
     assert agent_folder(tmp_path) == tmp_path / "sw33p" / "abc123"
     wandb_logger(tmp_path / "run", "project", {})
     assert read_run_info(tmp_path / "run")["wandb_id"] == "abc123"
