@@ -24,7 +24,9 @@ def parser() -> Parser:
     )
     made.add_argument("cascade", metavar="CASCADE", help="a cascade folder")
     source = made.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="SHARDS|shapes", help="shards (path, folder, glob, braces), or shapes")
+    source.add_argument(
+        "--data", metavar="SHARDS|shapes", help="shards (path, folder, glob, braces), shapes, or shapes:SUBJECT"
+    )
     source.add_argument(
         "--prompts",
         metavar="FILE",

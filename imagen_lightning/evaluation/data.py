@@ -7,12 +7,15 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TypeAlias
 
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
-from imagen_lightning.data.dataset import ShapesDataset, ShardDataset
+from imagen_lightning.data.dataset import Sample, ShapesDataset, ShardDataset
 from imagen_lightning.data.shapes import CANVAS, parse_caption
 from imagen_lightning.data.skips import Skip
+from imagen_lightning.data.subjects import Subject, SubjectDataset
 from imagen_lightning.errors import InputError, counted
 from imagen_lightning.evaluation.image_set import ImageSet
 from imagen_lightning.evaluation.prompts import PromptSet, encodable
@@ -21,6 +24,7 @@ from imagen_lightning.metrics.digests import digest_texts
 log = logging.getLogger(__name__)
 
 SHAPES = "shapes"
+Samples: TypeAlias = ShapesDataset | ShardDataset | ConcatDataset[Sample]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class EvaluationSet:
     """Captions and the real images that belong to them.
 
     Attributes:
-        name: what the user gave, "shapes" or the shards' names.
+        name: what the user gave, "shapes", "shapes:hourglass" or the shards' names.
         captions: N strings.
         images: N images at the size of the cascade's last stage; None for prompts.
         sha256: of images and captions, in order.
@@ -55,7 +59,9 @@ def load_evaluation_set(
     Samples that cannot be used are left out, and counted in a warning; those behind them stand in.
 
     Args:
-        name: "shapes", or shards: a path, folder, glob or brace pattern.
+        name: "shapes"; "shapes:SUBJECT", such as "shapes:hourglass", for scenes of one subject, in the second half of
+            them of a pair that training never shows (see `imagen_lightning.data.subjects`); or shards: a path, folder,
+            glob or brace pattern.
         num: number of samples.
         size: side in pixels; images are resized by the area filter and cropped at the centre, as for validation.
         seed: of the shapes.
@@ -66,12 +72,18 @@ def load_evaluation_set(
     """
     if num < 1:
         raise InputError(f"number of samples {num} must be at least 1")
-    if name == SHAPES:
+    drawn, _, subject = name.partition(":")
+    if drawn == SHAPES:
         if size > CANVAS:
             raise InputError(
                 f"shapes are drawn at {CANVAS} px and the cascade makes {size} px; give shards as the data"
             )
-        dataset: ShapesDataset | ShardDataset = ShapesDataset(seed, "held_out", size, num)
+        dataset: Samples = ShapesDataset(seed, "held_out", size, num)
+        if name != SHAPES:
+            halves = {"val": num - num // 2, "held_out": num // 2}
+            dataset = ConcatDataset(
+                SubjectDataset(Subject.of(subject), seed, split, size, part) for split, part in halves.items()
+            )
     else:
         dataset = _shards(name, size, caption_field)
     found, captions, skips = _usable(dataset, num)
@@ -91,7 +103,7 @@ def load_evaluation_set(
     for number in range(num):
         digest.update(images[number : number + 1].numpy().tobytes())
     digest.update(digest_texts(captions).encode())
-    return EvaluationSet(name, captions, images, digest.hexdigest(), name == SHAPES)
+    return EvaluationSet(name, captions, images, digest.hexdigest(), drawn == SHAPES)
 
 
 def prompt_evaluation_set(prompts: PromptSet) -> EvaluationSet:
@@ -109,7 +121,7 @@ def _are_of_shapes(captions: list[str]) -> bool:
     return True
 
 
-def _usable(dataset: ShapesDataset | ShardDataset, num: int) -> tuple[list[int], list[str], list[Skip]]:
+def _usable(dataset: Samples, num: int) -> tuple[list[int], list[str], list[Skip]]:
     """Positions of `num` usable samples, as evenly spaced as may be, in order; their captions; what was left out."""
     captions: dict[int, str] = {}
     skips: list[Skip] = []
@@ -135,7 +147,7 @@ def _spread(count: int, num: int) -> Iterator[int]:
     )
 
 
-def _image(dataset: ShapesDataset | ShardDataset, position: int) -> Tensor:
+def _image(dataset: Samples, position: int) -> Tensor:
     image = dataset[position].image
     if image is None:
         raise InputError(f"sample {position} of the data can no longer be read; are its shards as they were?")

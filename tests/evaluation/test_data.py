@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from imagen_lightning.data.shapes import parse_caption
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import _spread, load_evaluation_set, prompt_evaluation_set
 from imagen_lightning.evaluation.prompts import read_prompts
@@ -93,3 +94,15 @@ def test_text_that_utf8_lacks(tmp_path):
     data = prompt_evaluation_set(read_prompts(path))
     assert data.captions == ["c ?"]
     assert data.categories == {"?": [0]}
+
+
+def test_scenes_of_a_subject_half_of_them_of_pairs_never_trained_on():
+    data = load_evaluation_set("shapes:hourglass", 21, 16)
+    assert data.has_answers
+    assert data.images[:21].shape == (21, 3, 16, 16)
+    assert all("hourglass" in caption for caption in data.captions)
+    unseen = [parse_caption(caption).held_out for caption in data.captions]
+    assert unseen == [False] * 11 + [True] * 10
+    assert data.sha256 != load_evaluation_set("shapes", 21, 16).sha256
+    with pytest.raises(InputError, match="subject 'dog'"):
+        load_evaluation_set("shapes:dog", 2, 16)
