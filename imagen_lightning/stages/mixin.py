@@ -29,6 +29,7 @@ from imagen_lightning.networks import LoRA, lora
 from imagen_lightning.samplers.common import noise_like
 from imagen_lightning.stages.optimization import Optimization
 from imagen_lightning.stages.settings import Execution, Sampling, TextSettings
+from imagen_lightning.text import PseudoTokens
 from imagen_lightning.text.batching import join_texts, replace_texts
 from imagen_lightning.types import Batch, Conditioning, Denoiser, InputError, Sampler, Text
 
@@ -53,6 +54,7 @@ class DiffusionMixin:
     network: nn.Module
     text: TextSettings
     text_network: nn.Module | None
+    tokens: PseudoTokens | None
     seed: int
     process: DiffusionProcess
     sampling: Sampling
@@ -61,6 +63,7 @@ class DiffusionMixin:
     adapter: LoRA | None = None
     null_embedding: nn.Parameter
     record: StepRecord | None
+    origin: dict[str, Any] | None = None  # where imported or inherited weights come from, licences included: plain data
 
     def prepare(self) -> None:
         """Checks that the parts fit and readies the network; a stage calls it at the end of its `__init__`."""
@@ -71,7 +74,7 @@ class DiffusionMixin:
         given = getattr(self.network, "out_channels", None)
         if given is not None and given != channels:
             raise InputError(wrong_channels(given, channels))
-        self.text_network = self.text.network
+        self.text_network, self.tokens = self.text.network, self.text.tokens
         if self.text.null_text == "learned" and self.text.encoder is not None:
             self.null_embedding = nn.Parameter(0.02 * torch.randn(self.text.encoder.dim))
         if self.adapter is not None:
@@ -155,8 +158,21 @@ class DiffusionMixin:
         return self.process.losses(output, x0, epsilon, t), t
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output at times t (B,) in [0, 1]."""
-        return self.network(x_t, self.process.schedule.network_time(t), conditioning)
+        """The network's output at times t (B,) in [0, 1]; of x_t's type where the weights have another."""
+        time, dtype = self.process.schedule.network_time(t), self.weights_dtype
+        if dtype == x_t.dtype:
+            return self.network(x_t, time, conditioning)
+        return self.network(x_t.to(dtype), time, conditioning).to(x_t.dtype)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the network's weights: float32, or less where a cascade was loaded so."""
+        return next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
+
+    def read_text(self, text: Text) -> Text:
+        """The text as the network takes it: through the stage's text network, in the type of the weights."""
+        text = self.text_network(text) if self.text_network is not None else text
+        return text if self.weights_dtype == torch.float32 else text.to(self.weights_dtype)
 
     # ---- text
 
@@ -164,18 +180,18 @@ class DiffusionMixin:
         """The batch's text as the network takes it; in training a share `text.drop` of it is made null."""
         if self.text.encoder is None:
             return None
-        text = batch.text if batch.text is not None else self.text.encoder(batch.captions, batch.images.device)
+        text = self.text.encode_batch(batch)
         if training and self.text.drop > 0:
             dropped = uniform(seed, Stream.TEXT_DROP, batch.positions) < self.text.drop
             stored = batch.empty if self.text.null_text == "empty_caption" else None
             text = replace_texts(text, self.null(text.states.device) if stored is None else stored, dropped)
-        return self.text_network(text) if self.text_network is not None else text
+        return self.read_text(text)
 
     def null(self, device: torch.device) -> Text:
         """The text of no caption, for one image: zero, learned, or the empty caption's."""
         assert self.text.encoder is not None
         if self.text.null_text == "empty_caption":
-            return self.text.encoder([""], device)
+            return self.text.encode([""], device)
         if self.text.null_text == "learned":
             vector = self.null_embedding[None]
         else:
@@ -217,14 +233,14 @@ class DiffusionMixin:
         text = None
         guided = guidance != 1.0 and self.text.encoder is not None
         if self.text.encoder is not None:
-            text = self.text.encoder(captions, device)
+            text = self.text.encode(captions, device)
             if guided:
                 null = self.null(device)
                 count = len(captions)
                 everyone = torch.ones(count, dtype=torch.bool, device=device)
-                without = self.text.encoder(negative, device) if negative else replace_texts(text, null, everyone)
+                without = self.text.encode(negative, device) if negative else replace_texts(text, null, everyone)
                 text = join_texts(text, without)
-            text = self.text_network(text) if self.text_network is not None else text
+            text = self.read_text(text)
             if text is not None and text.mask is not None and bool(text.mask.all()):
                 text = replace(text, mask=None)  # attention without a mask is faster
         estimate = self.process.denoised if variance else self.process.x0
@@ -331,7 +347,11 @@ class DiffusionMixin:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain data from which `load_from_checkpoint` and Cascade.from_checkpoints rebuild the stage.
         checkpoint["hyper_parameters"] = {**self.hyperparameters(), "_instantiator": f"{__name__}.instantiate"}
+        checkpoint["origin"] = self.origin
         checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.origin = checkpoint.get("origin")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The stage's arguments as plain data, without those that only training uses."""

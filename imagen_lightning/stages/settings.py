@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from imagen_lightning.diffusion import (
@@ -21,7 +23,9 @@ from imagen_lightning.diffusion import (
     Weighting,
 )
 from imagen_lightning.samplers import DDIM, UniformTimes
-from imagen_lightning.types import InputError, Sampler, Schedule, Spacing, TextEncoder
+from imagen_lightning.text import PseudoTokens
+from imagen_lightning.text.kept import KeptStates
+from imagen_lightning.types import Batch, InputError, Sampler, Schedule, Spacing, Text, TextEncoder
 
 
 @dataclass
@@ -64,12 +68,16 @@ class TextSettings:
         network: trained with the stage over the encoder's states, e.g. a TransformerEncoder.
         drop: share of the captions replaced by the null text in training, per sample.
         null_text: the text of no caption: "zero" (Imagen), "learned", or "empty_caption" (DeepFloyd IF).
+        tokens: new words for the encoder, trained with the stage (textual inversion).
+        kept: no setting: what stands in for the encoder where a callback has had all captions encoded.
     """
 
     encoder: TextEncoder | None = None
     network: nn.Module | None = None
     drop: float = 0.1
     null_text: str = "zero"
+    tokens: PseudoTokens | None = None
+    kept: KeptStates | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.null_text not in ("zero", "learned", "empty_caption"):
@@ -81,6 +89,31 @@ class TextSettings:
                 f"text network's input_dim is {self.network.input_dim}; text encoder {self.encoder.name} gives "
                 f"{self.encoder.dim} features"
             )
+        if self.tokens is not None:
+            if self.encoder is None:
+                raise InputError(f"pseudo-words {', '.join(self.tokens.words)} need a text encoder; give text.encoder")
+            self.tokens.attach(self.encoder)
+
+    def encode(self, captions: Sequence[str], device: torch.device) -> Text:
+        """B captions' text, as `network` takes it; kept states where there are any."""
+        assert self.encoder is not None
+        if self.kept is not None:
+            return self.kept(captions, device)
+        if self.tokens is None:
+            return self.encoder(captions, device)
+        return self.tokens.read(self.encoder, captions, device)
+
+    def encode_batch(self, batch: Batch) -> Text:
+        """A batch's text: its stored states, or else its captions'.
+
+        Raises:
+            InputError: states were stored of a caption that has a new word.
+        """
+        if batch.text is None:
+            return self.encode(batch.captions, batch.images.device)
+        if self.tokens is not None:
+            self.tokens.refuse_stored(batch.captions)
+        return batch.text
 
     @property
     def dim(self) -> int | None:

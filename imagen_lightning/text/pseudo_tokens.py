@@ -120,6 +120,26 @@ class PseudoTokens(nn.Module):
             return pieces[torch.arange(count) % len(pieces)]
         return torch.stack([part.mean(dim=0) for part in pieces.tensor_split(count)])
 
+    def joined(self, other: PseudoTokens) -> PseudoTokens:
+        """Both's words, with the very parameters that each has.
+
+        Raises:
+            InputError: a word is in both.
+        """
+        for word in other.words:
+            if self.known(word):
+                raise InputError(
+                    f"pseudo-word {word!r} is known to the stage already (it knows {', '.join(self.words)}); give the "
+                    "new one another name"
+                )
+        made = PseudoTokens({**self.words, **other.words}, {**self._inits(), **other._inits()})
+        for part in (self, other):
+            made.vectors.update(part.vectors)
+        return made
+
+    def _inits(self) -> dict[str, str]:
+        return dict.fromkeys(self.words, self.init) if isinstance(self.init, str) else dict(self.init or {})
+
     @property
     def table(self) -> Tensor:
         """All vectors (N, D), in the words' order."""
