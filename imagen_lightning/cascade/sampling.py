@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,3 +182,26 @@ def low_res_images(
     if len(images) != count:
         raise InputError(f"{len(images)} images for {count} captions; give one a caption")
     return torch.stack([fit_image(image, size, name) for image in images])
+
+
+def check_words(stages: Sequence[DiffusionMixin], running: Sequence[DiffusionMixin], captions: Iterable[str]) -> None:
+    """Raises InputError where a caption has a pseudo-word that some stage knows and one that is to run does not."""
+    readers = [stage for stage in stages if stage.text.tokens is not None]
+    for caption in dict.fromkeys(captions) if readers else ():
+        for stage in running:
+            if stage.text.encoder is None:
+                continue
+            for other in readers:
+                _check_caption(caption, stage, other)
+
+
+def _check_caption(caption: str, stage: DiffusionMixin, other: DiffusionMixin) -> None:
+    assert other.text.tokens is not None
+    mine = stage.text.tokens.known(caption) if stage.text.tokens is not None else []
+    for word in other.text.tokens.known(caption):
+        if word.casefold() not in map(str.casefold, mine):
+            raise InputError(
+                f"caption {caption!r}: stage {stage_name(stage)!r} does not know the pseudo-word {word!r}, which stage "
+                f"{stage_name(other)!r} knows; give it to both: `imagen-lightning tokens` writes its file, and "
+                "`imagen-lightning cascade … --tokens FILE` reads it"
+            )

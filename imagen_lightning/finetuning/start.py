@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
@@ -34,6 +34,7 @@ from imagen_lightning.diffusion import (
 )
 from imagen_lightning.networks import LoRA
 from imagen_lightning.stages import Execution, Optimization
+from imagen_lightning.text import PseudoTokens
 from imagen_lightning.types import InputError, Sampler, Schedule, Spacing, TextEncoder
 
 
@@ -58,6 +59,7 @@ def from_cascade(
     cascade: str,
     stage: str = "base",
     adapter: LoRA | None = None,
+    tokens: PseudoTokens | None = None,
     text_drop: float | None = None,
     null_text: str | None = None,
     encoder: TextEncoder | None = None,
@@ -83,6 +85,8 @@ def from_cascade(
         cascade: the folder.
         stage: its name or number there.
         adapter: low-rank adapters, trained in place of the weights.
+        tokens: new words for the text encoder, trained in place of the weights, or beside an adapter (textual
+            inversion); `optimization.train` names more where more is to be trained.
         text_drop: share of captions replaced by the null text in training.
         null_text: "zero" or "empty_caption".
         encoder: the cascade's text encoder from another place, e.g. from a local folder; its name and token length must
@@ -144,6 +148,11 @@ def from_cascade(
     load_stage_weights(module, path.parent, entry, what)
     if optimization is not None:
         made.optimization = optimization
+    if tokens is not None:
+        made.attach_tokens(tokens)
+        if made.optimization.train is None:
+            trained = [f"tokens.vectors.{word}" for word in tokens.words] + (["*.lora_*"] if adapter else [])
+            made.optimization = replace(made.optimization, train=trained)
     if adapter is not None:
         made.attach_adapter(adapter)
     else:
