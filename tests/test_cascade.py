@@ -392,7 +392,7 @@ def test_saving_takes_a_new_or_empty_folder_and_leaves_nothing_half_written(casc
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("imagen_lightning.cascade.folder.save_file", fail)
+    monkeypatch.setattr("imagen_lightning.cascade.weights.write_tensors", fail)
     with pytest.raises(InputError, match="No space left"):
         cascade.save(tmp_path / "full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]

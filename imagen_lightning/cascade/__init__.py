@@ -10,11 +10,13 @@ from imagen_lightning.cascade.checkpoints import read_checkpoint
 from imagen_lightning.cascade.local import whole_folder
 from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RANGE, VERSION
 from imagen_lightning.cascade.sampling import Samples, StageSettings, find_sampler, sampler_names
-from imagen_lightning.cascade.weights import load_weights
+from imagen_lightning.cascade.weights import DTYPES, MAX_SHARD_SIZE, load_weights, weight_files
 
 __all__ = [
+    "DTYPES",
     "FORMAT",
     "MANIFEST",
+    "MAX_SHARD_SIZE",
     "RESIZE",
     "VALUE_RANGE",
     "VERSION",
@@ -26,5 +28,6 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "sampler_names",
+    "weight_files",
     "whole_folder",
 ]

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagen_lightning.cascade.checkpoints import stage_from_checkpoint
 from imagen_lightning.cascade.description import (
     as_module,
     low_res_size,
@@ -23,15 +22,19 @@ from imagen_lightning.cascade.description import (
 )
 from imagen_lightning.cascade.folder import read_folder, rewrite_manifest, write_folder
 from imagen_lightning.cascade.local import first_line
+from imagen_lightning.cascade.origin import licences
 from imagen_lightning.cascade.sampling import (
     Samples,
     StageSettings,
+    check_words,
     find_stage,
     image_seeds,
     low_res_images,
     negatives_of,
     settings_of,
 )
+from imagen_lightning.cascade.sources import stages_of
+from imagen_lightning.cascade.weights import MAX_SHARD_SIZE, find_dtype
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import to_float, to_uint8
 from imagen_lightning.stages import DiffusionMixin
@@ -86,16 +89,13 @@ class Cascade:
         Raises:
             InputError: no such device on this machine.
         """
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}); try cpu") from error
+        check_device(device)
         for stage in self.stages:
             as_module(stage).to(device)
         return self
 
     def describe(self) -> str:
-        """One line a stage for people: size, parameters, text, default sampling."""
+        """One line a stage for people: size, parameters, text, default sampling, licences of imported weights."""
         lines = []
         for stage in self.stages:
             summary = stage_summary(stage)
@@ -105,7 +105,9 @@ class Cascade:
                 f"{num_parameters(stage) / 1e6:.1f}M parameters, "
                 + (f"text {text['encoder']} ({text['max_tokens']} tokens)" if text else "no text")
                 + f", {type(stage.sampling.sampler).__name__} {sampling['num_steps']} steps, "
-                f"guidance {sampling['guidance']:g}" + (f", aug level {summary['aug_level']:g}" if low else "")
+                f"guidance {sampling['guidance']:g}"
+                + (f", aug level {summary['aug_level']:g}" if low else "")
+                + "".join(f", licence {licence}" for licence in licences(stage.origin))
             )
         return "\n".join(lines)
 
@@ -113,43 +115,60 @@ class Cascade:
 
     @classmethod
     def from_checkpoints(cls, paths: Sequence[str | Path], trust: Iterable[str] = ()) -> Cascade:
-        """Joins trained stages, on the CPU, from Lightning checkpoints or run folders, in the cascade's order.
+        """Joins trained stages, on the CPU, in the cascade's order.
 
-        The weights are those in the checkpoint's state_dict: averaged where the run averaged them.
+        A checkpoint's weights are those in its state_dict: averaged where the run averaged them. The adapter of a stage
+        that was trained with one is merged into its weights. Evaluations of other cascades are left behind.
 
         Args:
-            paths: local files, or run folders, whose checkpoint of the latest step (else last.ckpt) is taken.
-            trust: packages beside this one whose classes the checkpoints may name.
+            paths: each a Lightning checkpoint (a local file), a run folder, whose checkpoint of the latest step (else
+                last.ckpt) is taken, a stage of another cascade ("CASCADE#stage", name or number) or a whole cascade
+                folder, all of whose stages are taken.
+            trust: packages beside this one whose classes the files may name.
 
         Raises:
             InputError: an address on the network; a file that is missing, empty, damaged, or no stage's checkpoint;
                 a class of a package that is not trusted; weights that do not fit; sizes that do not chain.
         """
-        return cls(share_encoders([stage_from_checkpoint(path, package_names(trust)) for path in paths]))
+        trusted = package_names(trust)
+        return cls(share_encoders([stage for path in paths for stage in stages_of(path, trusted)]))
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, max_shard_size: int = MAX_SHARD_SIZE) -> None:
         """Writes the manifest and the weights to a new or empty folder, whole or not at all.
+
+        Args:
+            folder: to make.
+            max_shard_size: bytes of weights a file; a larger stage has several.
 
         Raises:
             InputError: the folder holds something or cannot be written, or a stage cannot be described as plain data.
         """
-        write_folder(folder, self.stages, self.metrics)
+        write_folder(folder, self.stages, self.metrics, max_shard_size)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str | None = None, trust: Iterable[str] = ()) -> Cascade:
-        """Reads a cascade folder.
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str | None = None,
+        trust: Iterable[str] = (),
+        dtype: str | None = None,
+    ) -> Cascade:
+        """Reads a cascade folder in the memory of its stages and once more that of the largest tensor.
 
         Args:
             folder: local, as `save` wrote it.
             device: where the stages go, default the CPU.
             trust: packages beside this one whose classes the manifest may name.
+            dtype: of the weights, "float32", "bfloat16" or "float16"; None keeps the files' own.
 
         Raises:
             InputError: no cascade; a format version, value range or resize filter that this version does not know; a
                 class of a package that is not trusted; a summary that contradicts a stage; weights that are missing,
-                damaged or of another shape.
+                damaged or of another shape; an unknown dtype or device.
         """
-        cascade = cls(*read_folder(folder, package_names(trust)))
+        find_dtype(dtype)
+        check_device(device or "cpu")
+        cascade = cls(*read_folder(folder, package_names(trust), dtype, device or "cpu"))
         return cascade if device is None else cascade.to(device)
 
     def set_defaults(self, settings: Sequence[StageSettings], metrics: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -237,6 +256,7 @@ class Cascade:
             raise InputError(f"last_stage {last_stage!r} lies before start_stage {start_stage!r}; swap them")
         settings = self.settings(guidance, steps, sampler, aug_level)[start:stop]
         negatives = negatives_of(negative, len(captions), settings)
+        check_words(self.stages, self.stages[start:stop], [*captions, *(negatives or ())])
         seeds = image_seeds(seed, len(captions), first_index)
         low_res = low_res_images(self.stages[start], images, len(captions))
 
@@ -294,3 +314,11 @@ class Cascade:
         columns = {"guidance": guidance, "steps": steps, "sampler": sampler, "aug_level": aug_level}
         rows = zip(*(spread(name, value) for name, value in columns.items()))
         return [settings_of(stage, *row) for stage, row in zip(self.stages, rows)]
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises InputError where this machine has no such device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}); try cpu") from error

@@ -11,7 +11,8 @@ import torch
 
 from imagen_lightning.cascade.description import as_module, build_stage
 from imagen_lightning.cascade.local import first_line, refuse_address
-from imagen_lightning.cascade.weights import check_tensors
+from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.weights import check_tensors, put_tensors
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
@@ -56,7 +57,9 @@ def stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> Diffusion
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "_instantiator"}
     stage = build_stage({"class_path": checkpoint["stage_class"], "init_args": arguments}, trust, what)
     check_tensors(as_module(stage), checkpoint["state_dict"], what)
-    as_module(stage).load_state_dict(checkpoint["state_dict"])
+    # Copied from the file's mapping: the stage is to outlive the file.
+    put_tensors(as_module(stage), {key: value.clone() for key, value in checkpoint["state_dict"].items()})
+    stage.origin = check_origin(checkpoint.get("origin"), what)
     return stage
 
 

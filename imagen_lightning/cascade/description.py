@@ -1,12 +1,15 @@
-"""A stage's name, size and settings as plain data, and a stage made from them."""
+"""A stage's name, size and settings as plain data, and a stage made from them, without weights."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from imagen_lightning.cascade.local import first_line
 from imagen_lightning.components import build, class_path, describe, find_class
@@ -69,17 +72,55 @@ def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, 
 
 
 def build_stage(description: Mapping[str, Any], trust: tuple[str, ...], what: str) -> DiffusionMixin:
+    """A stage from its class and arguments, its weights left on the meta device, where they need no memory.
+
+    `put_tensors` gives it weights. A stage that needs its weights while it is made has them.
+
+    Raises:
+        InputError: a class of a package that is not trusted, or arguments that make no stage.
+    """
     try:
         cls = find_class(description["class_path"], trust)
         if not issubclass(cls, DiffusionMixin):
             raise InputError(f"{class_path(cls)} is no stage")
-        stage = build(description, trust).eval()
+        try:
+            with without_weights():
+                stage = build(description, trust).eval()
+            whole = not _misses_data(stage)
+        except (RuntimeError, NotImplementedError):  # what torch raises where data is asked for; others show again
+            whole = False
+        if not whole:
+            stage = build(description, trust).eval()
         stage_summary(stage)  # settings that are none show here
         return stage
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{what} cannot be built from its arguments: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it, in this thread, modules keep their parameters on the meta device: shape and type without memory."""
+    here = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != here:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _misses_data(stage: nn.Module) -> bool:
+    """Whether a tensor that the weights' files do not hold was made from weights that were not there."""
+    stored = {id(value) for value in stage.state_dict(keep_vars=True).values()}
+    held = (value for module in stage.modules() for part in (vars(module), module._buffers) for value in part.values())
+    return any(isinstance(value, Tensor) and value.is_meta and id(value) not in stored for value in held)
 
 
 def package_names(trust: Iterable[str]) -> tuple[str, ...]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from imagen_lightning import __version__
 from imagen_lightning.cascade.description import (
@@ -21,23 +19,22 @@ from imagen_lightning.cascade.description import (
     stage_name,
     stage_summary,
 )
-from imagen_lightning.cascade.local import file_sha256, first_line, whole_folder
+from imagen_lightning.cascade.local import first_line, whole_folder
 from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RANGE, VERSION, read_manifest
-from imagen_lightning.cascade.weights import load_stage_weights
+from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.weights import load_stage_weights, write_stage_weights
 from imagen_lightning.components import class_path
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
 
-def write_folder(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:
+def write_folder(
+    folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]], max_shard_size: int
+) -> None:
     """Writes the manifest and the weights to a new or empty folder, whole or not at all."""
-    entries = [
-        {
-            **stage_entry(stage),
-            "weights": {"file": f"{stage_name(stage)}.safetensors", "num_parameters": num_parameters(stage)},
-        }
-        for stage in stages
-    ]
+    if max_shard_size < 1:
+        raise InputError(f"max_shard_size {max_shard_size} must be at least one byte")
+    entries = [{**stage_entry(stage), "weights": {}} for stage in stages]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -49,28 +46,39 @@ def write_folder(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: 
     }
     with whole_folder(folder) as partial:
         for entry, stage in zip(entries, stages):
-            path = partial / entry["weights"]["file"]
-            # clone: safetensors refuses tensors that share memory
-            tensors = {key: value.detach().cpu().clone() for key, value in as_module(stage).state_dict().items()}
-            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
-            entry["weights"]["sha256"] = file_sha256(path)
+            files = write_stage_weights(as_module(stage), partial, stage_name(stage), max_shard_size)
+            # One file is written as it was before there could be several.
+            entry["weights"] = {"num_parameters": num_parameters(stage)} | (
+                files[0] if len(files) == 1 else {"files": files}
+            )
         (partial / MANIFEST).write_text(_json(manifest), encoding="utf-8")
-        for entry in entries:  # safetensors writes for us alone
-            shutil.copymode(partial / MANIFEST, partial / entry["weights"]["file"])
 
 
-def read_folder(folder: str | Path, trust: tuple[str, ...]) -> tuple[list[DiffusionMixin], list[dict[str, Any]]]:
-    """The stages, on the CPU, and the metrics of a cascade's folder."""
+def read_folder(
+    folder: str | Path, trust: tuple[str, ...], dtype: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[list[DiffusionMixin], list[dict[str, Any]]]:
+    """The stages and the metrics of a cascade's folder."""
     path, manifest = read_manifest(folder)
-    stages = []
-    for entry in manifest["stages"]:
-        what = f"stage {entry['name']!r} of {path}"
-        stage = build_stage(entry["stage"], trust, what)
-        for key, said, found in contradictions(entry, stage_summary(stage)):
-            raise InputError(f"{what}: {key} is {said!r}, but the stage's own arguments give {found!r}; mend either")
-        load_stage_weights(as_module(stage), path.parent, entry, what)
-        stages.append(stage)
+    stages = [read_stage(path, entry, trust, dtype, device) for entry in manifest["stages"]]
     return share_encoders(stages), manifest.get("metrics", [])
+
+
+def read_stage(
+    path: Path,
+    entry: Mapping[str, Any],
+    trust: tuple[str, ...],
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+) -> DiffusionMixin:
+    """One stage of the cascade whose manifest lies at `path`, from its part of that."""
+    what = f"stage {entry['name']!r} of {path}"
+    origin = check_origin(entry.get("origin"), what)
+    stage = build_stage(entry["stage"], trust, what)
+    for key, said, found in contradictions(entry, stage_summary(stage)):
+        raise InputError(f"{what}: {key} is {said!r}, but the stage's own arguments give {found!r}; mend either")
+    load_stage_weights(as_module(stage), path.parent, entry, what, dtype, device)
+    stage.origin = origin
+    return stage
 
 
 def rewrite_manifest(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:
@@ -97,6 +105,7 @@ def stage_entry(stage: DiffusionMixin) -> dict[str, Any]:
     return {
         **stage_summary(stage),
         "stage": {"class_path": class_path(stage), "init_args": stage.hyperparameters()},
+        "origin": check_origin(stage.origin, f"stage {stage_name(stage)!r}"),
     }
 
 

@@ -44,7 +44,7 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
         and isinstance(entry.get("stage"), dict)
         and isinstance(entry["stage"].get("class_path"), str)
         and isinstance(entry.get("weights"), dict)
-        and isinstance(entry["weights"].get("file"), str)
+        and _are_files(entry["weights"].get("files", [entry["weights"]]))
         for entry in entries
     )
     if not whole or not entries:
@@ -53,3 +53,12 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
         raise InputError(f"{path} is damaged: its metrics are no list of objects; make that [] or mend it")
     return path, manifest
+
+
+def _are_files(files: Any) -> bool:
+    """Whether a manifest's files of weights are at least one object with a name."""
+    return (
+        isinstance(files, list)
+        and bool(files)
+        and all(isinstance(one, dict) and isinstance(one.get("file"), str) for one in files)
+    )

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from imagen_lightning.cascade import MANIFEST
+from imagen_lightning.cascade import MANIFEST, weight_files
 
 
 def weights_sha256(folder: str | Path) -> str:
     """A hash of the weights of all stages."""
-    return _digest([(entry["name"], entry["weights"]["sha256"]) for entry in _stages(folder)])
+    digests = {entry["name"]: [sha256 for _, sha256 in weight_files(entry)] for entry in _stages(folder)}
+    # One file is named as it was before there could be several.
+    return _digest([(name, one[0] if len(one) == 1 else one) for name, one in digests.items()])
 
 
 def cascade_sha256(folder: str | Path) -> str:

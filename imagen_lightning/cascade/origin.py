@@ -1,0 +1,66 @@
+"""Where a stage's weights come from: plain data that goes with them, licences above all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from imagen_lightning.types import InputError
+
+LICENCE_KEYS = ("licence", "license")
+
+
+def descended(entry: Mapping[str, Any], manifest: Path) -> dict[str, Any]:
+    """The origin of a stage that starts from one of a cascade, which is named by its weights' SHA-256.
+
+    Args:
+        entry: the parent's part of its manifest.
+        manifest: its path, of which only the folder's name is kept.
+    """
+    weights = entry["weights"]
+    parent = {
+        "cascade": manifest.resolve().parent.name,
+        "stage": entry["name"],
+        "sha256": [one.get("sha256") for one in weights.get("files", [weights])],
+        "origin": entry.get("origin"),
+    }
+    return {"parents": [parent]}
+
+
+def check_origin(origin: Any, what: str) -> dict[str, Any] | None:
+    """The origin that a file holds, if it is plain data.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if origin is None:
+        return None
+    if not isinstance(origin, dict) or not _is_plain(origin):
+        raise InputError(f"{what}: its origin is no plain data (names, lists, texts, numbers); mend or remove it")
+    return origin
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def licences(origin: Mapping[str, Any] | None) -> list[str]:
+    """Every licence that an origin or its parents name, each once, printable on one line."""
+    return list(dict.fromkeys(_licences(origin)))
+
+
+def _licences(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key in LICENCE_KEYS and isinstance(item, str):
+                yield "".join(character for character in item if character.isprintable())
+            else:
+                yield from _licences(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _licences(item)
