@@ -4,6 +4,7 @@ from imagen_lightning.callbacks.caption_metrics import CaptionAccuracy, CLIPScor
 from imagen_lightning.callbacks.checkpoint import Checkpoint, NonFiniteWeightsError, find_last, interrupted
 from imagen_lightning.callbacks.distances import FID, KID
 from imagen_lightning.callbacks.ema import EMA, averaged_weights
+from imagen_lightning.callbacks.encode_once import EncodeOnce
 from imagen_lightning.callbacks.finite_loss import FiniteLoss, NonFiniteLossError
 from imagen_lightning.callbacks.loggers import RunCSVLogger, wandb_agent_run, wandb_logger
 from imagen_lightning.callbacks.noise_level_loss import NoiseLevelLoss
@@ -21,6 +22,7 @@ __all__ = [
     "CLIPScore",
     "CaptionAccuracy",
     "Checkpoint",
+    "EncodeOnce",
     "FiniteLoss",
     "NoiseLevelLoss",
     "NonFiniteLossError",

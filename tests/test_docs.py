@@ -250,7 +250,7 @@ def test_every_component_of_a_yaml_has_its_table():
         *stages.__all__,
         *networks.__all__,
         *data.__all__,
-        *("EMA", "Checkpoint", "NoiseLevelLoss", "SampleGrid", "SkippedSamples", "Throughput"),
+        *("EMA", "Checkpoint", "EncodeOnce", "NoiseLevelLoss", "SampleGrid", "SkippedSamples", "Throughput"),
         *("SampledMetric", "FID", "KID", "CLIPScore", "CaptionAccuracy", "Probes"),
         *("TinyTextEncoder", "T5TextEncoder", "TransformerEncoder", "LowResAugmentation"),
     }

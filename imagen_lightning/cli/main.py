@@ -17,6 +17,7 @@ VERBS = {
     "test": ("fit", "run a stage's test loop, if it has one"),
     "predict": ("fit", "run a stage's prediction loop, if it has one"),
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
+    "class-images": ("class_images", "draw what a cascade knows of a class, to keep it while fine-tuning (DreamBooth)"),
     "evaluate": ("evaluate", "measure a cascade and name the stage that costs most, or sweep its settings"),
     "compare": ("compare", "let a person vote between two cascades, blind"),
     "sweep": ("sweep", "run a W&B sweep file's trials here, without W&B; they resume, and share machines"),

@@ -4,13 +4,22 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "DreamBoothDataModule": "dreambooth",
+    "FolderDataModule": "folder_datamodule",
     "LaionDataModule": "datamodule",
     "ShapesDataModule": "datamodule",
     "StreamingLaionDataModule": "stream_datamodule",
     "SubjectShapesDataModule": "datamodule",
 }
 
-__all__ = ["LaionDataModule", "ShapesDataModule", "StreamingLaionDataModule", "SubjectShapesDataModule"]
+__all__ = [
+    "DreamBoothDataModule",
+    "FolderDataModule",
+    "LaionDataModule",
+    "ShapesDataModule",
+    "StreamingLaionDataModule",
+    "SubjectShapesDataModule",
+]
 
 
 def __getattr__(name: str) -> Any:
