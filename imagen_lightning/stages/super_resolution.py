@@ -43,6 +43,8 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         optimization: optimizer and learning-rate schedule.
         execution: channels-last, torch.compile.
         seed: of training's noise, times, drops, levels and crops.
+        upsampling: how low-resolution images are enlarged: "bilinear", or "bilinear_aligned" for corners that keep
+            their place, which is DeepFloyd IF's.
         adapter: low-rank adapters of the network, which alone are then trained.
     """
 
@@ -60,6 +62,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         optimization: Optimization | None = None,
         execution: Execution | None = None,
         seed: int = 0,
+        upsampling: str = "bilinear",
         adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +73,9 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         self.image_size, self.low_res_size, self.network, self.seed = image_size, low_res_size, network, seed
         self.text, self.diffusion = text or TextSettings(), diffusion or Diffusion()
         self.augmentation, self.aug_level = augmentation or LowResAugmentation(), aug_level
-        self.crop_size = crop_size
+        if upsampling not in ("bilinear", "bilinear_aligned"):
+            raise InputError(f"upsampling {upsampling!r} is unknown; use 'bilinear' or 'bilinear_aligned'")
+        self.crop_size, self.upsampling = crop_size, upsampling
         self.sampling, self.optimization = sampling or Sampling(guidance=1.0), optimization or Optimization()
         self.execution = execution or Execution()
         self.adapter = adapter
@@ -87,7 +92,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         low_res = self.enlarge(downsample(x0, self.low_size(x0)))
         if training and self.crop_size is not None:
             x0, low_res = self.crop(x0, low_res, positions, seed)
-        level = self.augmentation.max_level * uniform(seed, Stream.AUG_LEVEL, positions)
+        level = self.augmentation.levels(uniform(seed, Stream.AUG_LEVEL, positions))
         noise = normal(seed, Stream.AUG_NOISE, positions, tuple(low_res.shape[1:]))
         text = self.text_of(batch, seed, training)
         return x0, Conditioning(text, self.augmentation(low_res, level, noise), level)
@@ -109,10 +114,8 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
 
     def enlarge(self, low_res: Tensor) -> Tensor:
         """The low-resolution image (B, 3, h, w) at the size that the network sees."""
-        height, width = low_res.shape[-2:]
-        return upsample(
-            low_res, (height * self.image_size // self.low_res_size, width * self.image_size // self.low_res_size)
-        )
+        height, width = (side * self.image_size // self.low_res_size for side in low_res.shape[-2:])
+        return upsample(low_res, (height, width), align_corners=self.upsampling == "bilinear_aligned")
 
     def crop(self, x0: Tensor, low_res: Tensor, positions: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """The same random square of both images, per sample; as narrow as they are where that is less."""

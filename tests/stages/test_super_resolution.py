@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_stages import base_stage, generators, make_batch, sr_stage, watch
 
-from imagen_lightning.diffusion import LowResAugmentation
+from imagen_lightning.diffusion import DiscreteSchedule, LowResAugmentation
 from imagen_lightning.diffusion.random import Stream, normal
 from imagen_lightning.images import downsample, to_float, upsample
 from imagen_lightning.types import InputError
@@ -127,3 +127,49 @@ def test_guided_sampling_gives_both_halves_the_same_low_res():
         for given in (x_t, conditioning.low_res, conditioning.aug_level):
             assert len(given) == 4
             assert torch.equal(given[:2], given[2:])
+
+
+# ---- as DeepFloyd IF has it
+
+
+def test_levels_of_a_table_are_its_steps():
+    table = DiscreteSchedule("squaredcos_cap_v2")
+    augmentation = LowResAugmentation(table)
+    low_res, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    for steps in ([0, 1, 250, 998], [999, 333, 17, 511]):
+        level = torch.tensor(steps) / 1000  # float32
+        alpha2 = table.alphas_cumprod[steps].view(-1, 1, 1, 1)
+        expected = alpha2.sqrt() * low_res + (1 - alpha2).sqrt() * noise
+        assert torch.allclose(augmentation(low_res, level, noise), expected, rtol=0, atol=1e-6)
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    steps, counts = (augmentation.levels(u) * 1000).round().long().unique(return_counts=True)
+    assert steps.tolist() == list(range(1000))
+    assert counts.unique().tolist() == [100]
+    half = LowResAugmentation(table, max_level=0.5).levels(u)
+    assert half.max() == pytest.approx(0.499)
+    assert half.min() == 0
+    assert torch.equal(LowResAugmentation(max_level=0.5).levels(u), 0.5 * u)
+
+
+def test_training_on_a_tables_levels_tells_the_step_that_the_image_was_noised_at():
+    table = DiscreteSchedule("squaredcos_cap_v2")
+    stage = sr_stage(augmentation=LowResAugmentation(table), upsampling="bilinear_aligned")
+    batch = make_batch(range(20))
+    x0, conditioning = stage.condition(batch, 7, training=True)
+    steps = conditioning.aug_level * 1000
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+    alpha2 = table.alphas_cumprod.float()[steps.round().long()].view(-1, 1, 1, 1)
+    noise = normal(7, Stream.AUG_NOISE, batch.positions, (3, 8, 8))
+    enlarged = torch.nn.functional.interpolate(downsample(x0, 4), size=(8, 8), mode="bilinear", align_corners=True)
+    expected = alpha2.sqrt() * enlarged + (1 - alpha2).sqrt() * noise
+    assert torch.allclose(conditioning.low_res, expected, atol=1e-5)
+
+
+def test_aligned_upsampling_keeps_the_corners_place():
+    low_res = 2 * torch.rand(1, 3, 4, 4) - 1
+    aligned, plain = sr_stage(upsampling="bilinear_aligned").enlarge(low_res), sr_stage().enlarge(low_res)
+    corners = (slice(None), slice(None), [0, 0, -1, -1], [0, -1, 0, -1])
+    assert torch.equal(aligned[corners], low_res[corners])
+    assert not torch.allclose(aligned, plain, atol=1e-2)
+    with pytest.raises(InputError, match="upsampling 'bicubic' is unknown; use 'bilinear' or 'bilinear_aligned'"):
+        sr_stage(upsampling="bicubic")
