@@ -19,6 +19,7 @@ import lightning
 
 from imagen_lightning.cascade.description import build_stage
 from imagen_lightning.cascade.manifest import read_manifest
+from imagen_lightning.cascade.origin import descended
 from imagen_lightning.cascade.sampling import find_stage
 from imagen_lightning.cascade.weights import load_stage_weights
 from imagen_lightning.components import build
@@ -146,6 +147,7 @@ def from_cascade(
         )
     module = cast(lightning.LightningModule, made)
     load_stage_weights(module, path.parent, entry, what)
+    made.origin = descended(entry, path)
     if optimization is not None:
         made.optimization = optimization
     if tokens is not None:

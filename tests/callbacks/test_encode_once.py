@@ -1,7 +1,9 @@
 """Captions encoded once: the encoder is gone before the first step, and training is the same to the bit."""
 
 import gc
+import io
 import shutil
+import tarfile
 import weakref
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from imagen_lightning.callbacks import EMA, EncodeOnce, SampleGrid
 from imagen_lightning.components import build
 from imagen_lightning.data.datamodule import LaionDataModule, ShapesDataModule
 from imagen_lightning.data.dreambooth import DreamBoothDataModule
+from imagen_lightning.data.embed import Embedding, Settings
 from imagen_lightning.data.folder_datamodule import FolderDataModule
+from imagen_lightning.data.shards import open_shards
 from imagen_lightning.networks import UNet
 from imagen_lightning.stages import BaseStage, Sampling, TextSettings
 from imagen_lightning.text import T5TextEncoder, TinyTextEncoder
@@ -195,20 +199,38 @@ def test_refusals(images, tmp_path):
         fit(BaseStage(8, network), data(images), tmp_path, [EncodeOnce()])
 
 
-def test_shards_list_their_captions_unless_states_are_stored(tmp_path):
-    import io
-    import tarfile
-
+def write_shard(folder):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
-    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
         for n in range(3):
             for suffix, content in (("png", picture.getvalue()), ("txt", b"one\ntwo %d" % n)):
                 info = tarfile.TarInfo(f"{n}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    plain = LaionDataModule(str(tmp_path / "train-0.tar"), image_size=8)
-    assert plain.captions() == ["one", "two 0", "two 1", "two 2"]
-    stored = LaionDataModule(str(tmp_path / "train-0.tar"), image_size=8)
-    stored.training_set().text = ("tiny", 16)
-    assert stored.captions() == []
+    return str(folder / "train-0.tar")
+
+
+def test_shards_list_their_captions(tmp_path):
+    data = LaionDataModule(write_shard(tmp_path), image_size=8)
+    assert data.captions() == ["one", "two 0", "two 1", "two 2"]
+
+
+@needs_tokenizer
+def test_with_stored_states_the_prompts_alone_are_encoded(t5, tmp_path):
+    shard, encoder = write_shard(tmp_path), T5TextEncoder(str(t5), max_tokens=24)
+    Embedding(open_shards(shard), tmp_path / "states", encoder, Settings()).run(progress=False)
+    encoder.free()
+    data = LaionDataModule(shard, image_size=8, batch_size=2, text_states=tmp_path / "states")
+    assert data.captions() == []
+
+    class Count(Losses):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            super().on_train_batch_end(trainer, pl_module)
+            self.kept = len(pl_module.text.kept)
+
+    count, grid = Count(), SampleGrid([PROMPT], every_n_steps=1, num_steps=1)
+    fit(make_stage(encoder), data, tmp_path, [grid, count, EncodeOnce()], 2, limit_val_batches=0)
+    assert count.loaded == [False, False]
+    assert count.kept == 2  # the prompt and the empty caption
+    assert len(list((tmp_path / "samples").iterdir())) == 2
