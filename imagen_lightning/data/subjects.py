@@ -142,6 +142,10 @@ class SubjectDataset(Dataset[Sample]):
         name = str(self.subject).replace(" ", "-")
         return Sample(image, caption, f"{name}-{self.split}-{number:06d}", position)
 
+    def captions(self) -> list[str]:
+        """Those of its drawings."""
+        return subject_captions(self.subject, self.num_samples, self.split, self.seed)
+
 
 def sample(seed: int, index: int, split: str, subject: Subject) -> tuple[Tensor, str]:
     """Sample `index` of a split of the subject's scenes: a pure function of its arguments.

@@ -120,6 +120,9 @@ def test_the_same_few_drawings_come_once_an_epoch_each_in_another_order():
             first = by_key.setdefault(key, (image, caption))
             assert first[0].equal(image)
             assert first[1] == caption
+    seen = {caption for batch in batches for caption in batch.captions}
+    held_out = data.validation_set()
+    assert set(data.captions()) == seen | {held_out[number].caption for number in range(len(held_out))}
     validation = [key for batch in data.val_dataloader() for key in batch.keys]
     assert validation == [f"hourglass-val-{number:06d}" for number in range(30)]
 
