@@ -1,0 +1,212 @@
+"""Tiny random pipelines of DeepFloyd IF, made by diffusers and transformers themselves."""
+
+import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnAddedKVProcessor
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
+PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+TEXT = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
+
+
+def blocks(plain, text):
+    return {
+        "down_block_types": [PLAIN[0]] * plain + [TEXT[0]] * text,
+        "up_block_types": [TEXT[1]] * text + [PLAIN[1]] * plain,
+    }
+
+
+COMMON = {
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "addition_embed_type": "text",
+    "cross_attention_norm": "group_norm",
+    "resnet_time_scale_shift": "scale_shift",
+    "act_fn": "gelu",
+    "out_channels": 6,
+}
+# What diffusers' own tests of the pipelines use.
+FIXTURE = {
+    **COMMON,
+    **blocks(1, 1),
+    "sample_size": 32,
+    "block_out_channels": [32, 64],
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 32,
+    "attention_head_dim": 8,
+    "addition_embed_type_num_heads": 2,
+}
+UNETS = {
+    "stage I": {**FIXTURE, "layers_per_block": 1, "in_channels": 3},
+    "stage II": {
+        **FIXTURE,
+        "layers_per_block": [1, 2],
+        "in_channels": 6,
+        "class_embed_type": "timestep",
+        "mid_block_scale_factor": 1.414,
+        "time_embedding_act_fn": "gelu",
+        "time_embedding_dim": 32,
+    },
+    "larger stage I": {
+        **COMMON,
+        **blocks(1, 3),
+        "sample_size": 64,
+        "in_channels": 3,
+        "block_out_channels": [32, 64, 96, 128],
+        "layers_per_block": 2,
+        "cross_attention_dim": 128,
+        "encoder_hid_dim": 64,
+        "encoder_hid_dim_type": "text_proj",
+        "attention_head_dim": 16,
+        "addition_embed_type_num_heads": 16,
+    },
+    "larger stage II": {
+        **COMMON,
+        **blocks(3, 2),
+        "sample_size": 64,
+        "in_channels": 6,
+        "block_out_channels": [32, 64, 64, 96, 128],
+        "layers_per_block": [1, 1, 2, 2, 2],
+        "cross_attention_dim": 128,
+        "encoder_hid_dim": 32,
+        "encoder_hid_dim_type": "text_proj",
+        "attention_head_dim": 32,
+        "addition_embed_type_num_heads": 16,
+        "class_embed_type": "timestep",
+        "resnet_skip_time_act": True,
+        "resnet_out_scale_factor": 1.4142271,
+        "mid_block_scale_factor": 1.4142271,
+        "time_embedding_dim": 128,
+        "time_embedding_act_fn": "gelu",
+    },
+}
+# A random network's epsilon has nothing to do with the noise. At its full size it makes a sampling run chaotic: a
+# rounding error grows a thousandfold in twenty steps, and no two programs draw the same image.
+GAIN = 0.05
+COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}
+IF_SCHEDULER = {
+    **COSINE,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "prediction_type": "epsilon",
+    "variance_type": "learned_range",
+}
+
+
+# The fields that the published files have: not timestep_spacing, which DDPM's and DPM-Solver++'s schedulers read apart.
+PUBLISHED = {
+    "_diffusers_version": "0.16.0.dev0",
+    **IF_SCHEDULER,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "trained_betas": None,
+}
+
+
+def need_tokenizer():
+    if not TOKENIZER.is_dir():
+        pytest.skip("the published T5 v1.1 tokenizer files do not lie beside the repository")
+
+
+def make_encoder(width):
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=32128,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def make_unet(name, seed=0):
+    """Random weights, no layer's zero or identity, so that text, low-res image and level all count."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**UNETS[name]).eval()
+    unet.set_attn_processor(AttnAddedKVProcessor())
+    with torch.no_grad():
+        for key, parameter in unet.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "time_emb_proj" in key or "add_" in key:
+                parameter.mul_(2)
+        unet.conv_out.weight.mul_(GAIN)
+        unet.conv_out.bias.mul_(GAIN)
+    return unet
+
+
+def make_pipeline(name, with_text=True, seed=0):
+    unet = make_unet(name, seed)
+    low_res = unet.config.in_channels == 6
+    encoder = tokenizer = None
+    if with_text:
+        need_tokenizer()
+        encoder, tokenizer = make_encoder(unet.config.encoder_hid_dim), AutoTokenizer.from_pretrained(TOKENIZER)
+    settings = {**IF_SCHEDULER, "sample_max_value": 1.0 if low_res else 1.5}
+    parts = {
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": DDPMScheduler(**settings),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    if low_res:
+        parts["image_noising_scheduler"] = DDPMScheduler(**COSINE)
+    made = (IFSuperResolutionPipeline if low_res else IFPipeline)(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+CARD = """---
+license: other
+license_name: deepfloyd-if-license
+license_link: https://example.org/licence
+---
+# A model
+"""
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Folders of pipelines by name, each with a model card and a licence."""
+    root, folders = tmp_path_factory.mktemp("pipelines"), {}
+
+    def of(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in folders:
+            folders[key] = root / f"{name.replace(' ', '-')}-{len(folders)}"
+            pipeline = make_pipeline(name, **options)
+            pipeline.save_pretrained(folders[key])
+            config = {"_class_name": "DDPMScheduler", **PUBLISHED, "sample_max_value": 1.0 if "II" in name else 1.5}
+            (folders[key] / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+            (folders[key] / "README.md").write_text(CARD)
+            (folders[key] / "LICENSE.md").write_text("The licence's text.\n")
+        return folders[key]
+
+    return of
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A pipeline's folder to change."""
+
+    def of(name, **options):
+        folder = tmp_path / "pipeline"
+        shutil.copytree(saved(name, **options), folder)
+        return folder
+
+    return of
