@@ -18,6 +18,7 @@ import yaml
 
 from imagen_lightning import callbacks, cascade, data, diffusion, networks, samplers, stages, text
 from imagen_lightning.cli import fit, main, shards
+from imagen_lightning.cli.configs import find_config
 from imagen_lightning.data import metadata
 from imagen_lightning.data.filters import Filter
 from imagen_lightning.data.skips import Reason
@@ -89,7 +90,7 @@ def test_yaml_fits_a_stage(name, number, monkeypatch, tmp_path):
         assert isinstance(load_extractor(overlay), FeatureExtractor)
         return
     monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
-    config = parse(["--config", str(fit.find_config("domain/pixel_art.yaml")), "--config", str(overlay)])
+    config = parse(["--config", str(find_config("domain/pixel_art.yaml")), "--config", str(overlay)])
     given = yaml.safe_load(overlay.read_text())
     assert contains(yaml.safe_load(config), given)
 
@@ -189,12 +190,12 @@ FITS = [words for words in FITS if "stage.yaml" not in words and "RUN/config.yam
 
 @pytest.mark.parametrize("words", FITS, ids=" ".join)
 def test_fit_commands_parse(words, tmp_path, monkeypatch):
-    for word in {"mine.yaml", "laion.yaml"} & {*words}:  # which a page shows
+    for word in {"mine.yaml", "laion.yaml", "dog.yaml"} & {*words}:  # which a page shows
         run = f"run: runs/{Path(word).stem}/"
         block = next(block for page in PAGES for block in blocks(page, "yaml") if run in block)
         (tmp_path / word).write_text(block)
         words = [str(tmp_path / word) if item == word else item for item in words]
-    words = [str(fit.find_config(word)) if before == "--config" else word for before, word in zip(["", *words], words)]
+    words = [str(find_config(word)) if before == "--config" else word for before, word in zip(["", *words], words)]
     monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
     parsed = yaml.safe_load(parse(words))
     for option, value in pairwise(words):
