@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("fit", "validation loss of a checkpoint"),
     "test": ("fit", "run a stage's test loop, if it has one"),
     "predict": ("fit", "run a stage's prediction loop, if it has one"),
+    "adapter": ("adapter", "write the low-rank adapter that a run trained to files of its own"),
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
     "class-images": ("class_images", "draw what a cascade knows of a class, to keep it while fine-tuning (DreamBooth)"),
     "tokens": ("tokens", "write the words that textual inversion learned to a file"),

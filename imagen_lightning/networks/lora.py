@@ -7,6 +7,7 @@ where an adapter is first asked for.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from imagen_lightning.networks.attention import TextReader
 from imagen_lightning.types import InputError
 
 NAME = "default"  # of the one adapter, in peft's modules
+_SAMPLES = 4096  # of a tensor, for its digest
 
 
 @dataclass(frozen=True)
@@ -199,3 +201,24 @@ def _no_match(network: nn.Module, target: str) -> str:
         return f"{text} that can be adapted: {others[0]!r} is no plain linear layer or convolution"
     near = difflib.get_close_matches(target, names, n=3, cutoff=0.3) or names[:3]
     return f"{text}; it has {', '.join(near)}; or use 'attention' or 'convolutions'"
+
+
+def weights_digest(module: nn.Module) -> str:
+    """16 hexadecimal digits of the names, shapes and evenly spaced values of a stage's weights.
+
+    Adapters and new words' vectors (`tokens.`) do not count, so that it is what an adapter is for that counts. Values
+    count as bfloat16 has them: the digest of a copy in bfloat16 is that of the weights in float32.
+    """
+    digest = hashlib.sha256()
+    tensors = {name.replace(".base_layer.", "."): value for name, value in module.state_dict().items()}
+    for name, value in sorted(tensors.items()):
+        if is_adapter(name) or name.startswith("tokens."):
+            continue
+        digest.update(f"{name}:{tuple(value.shape)}:".encode())
+        flat, last = value.detach().flatten(), value.numel() - 1
+        if flat.numel() > _SAMPLES:
+            flat = flat[torch.arange(_SAMPLES, device=flat.device) * last // (_SAMPLES - 1)]
+        if flat.is_floating_point():
+            flat = flat.to(torch.bfloat16).view(torch.int16)
+        digest.update(flat.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -61,6 +61,7 @@ class DiffusionMixin:
     optimization: Optimization
     execution: Execution
     adapter: LoRA | None = None
+    base_digest: str | None = None  # of the weights that the adapter was put on
     null_embedding: nn.Parameter
     record: StepRecord | None
     origin: dict[str, Any] | None = None  # where imported or inherited weights come from, licences included: plain data
@@ -90,6 +91,7 @@ class DiffusionMixin:
         """Gives a stage that has its weights an adapter, which alone is trained from here on."""
         if self.adapter is not None:
             raise InputError("the stage has an adapter already; merge it first")
+        self.base_digest = lora.weights_digest(self)  # type: ignore[arg-type]
         adapter.inject(self.network)
         self.adapter = adapter
         self.optimization.freeze_parameters(self)  # type: ignore[arg-type]
@@ -349,6 +351,7 @@ class DiffusionMixin:
         checkpoint["hyper_parameters"] = {**self.hyperparameters(), "_instantiator": f"{__name__}.instantiate"}
         checkpoint["origin"] = self.origin
         checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["base_digest"] = self.base_digest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.origin = checkpoint.get("origin")
