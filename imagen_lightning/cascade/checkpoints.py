@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> DiffusionMixin:
     refuse_address(path, "checkpoint")
-    file = _checkpoint_file(Path(path).expanduser())
+    file = checkpoint_file(Path(path).expanduser())
     what = f"checkpoint {str(file)!r}"
     checkpoint = read_checkpoint(file)
     parts = ("hyper_parameters", "state_dict")
@@ -63,7 +63,7 @@ def stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> Diffusion
     return stage
 
 
-def _checkpoint_file(path: Path) -> Path:
+def checkpoint_file(path: Path) -> Path:
     """The file itself, or a run folder's latest checkpoint."""
     if not path.is_dir():
         return path

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from imagen_lightning.cascade.local import file_sha256
 from imagen_lightning.types import InputError
 
 LICENCE_KEYS = ("licence", "license")
@@ -64,3 +65,18 @@ def _licences(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _licences(item)
+
+
+def enlarged(origin: Mapping[str, Any] | None, part: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin of a stage to whose weights something was added: an adapter, new words."""
+    parents = (origin or {}).get("parents")
+    if origin is not None and set(origin) == {"parents"} and isinstance(parents, list):
+        return {"parents": [*parents, dict(part)]}
+    return {"parents": [*([] if origin is None else [{"origin": dict(origin)}]), dict(part)]}
+
+
+def file_facts(path: str | Path) -> dict[str, Any]:
+    """The name and the SHA-256 of each file of `path`, a file or a folder of files."""
+    path = Path(path).expanduser().resolve()
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {"name": path.name, "files": [{"file": file.name, "sha256": file_sha256(file)} for file in files]}

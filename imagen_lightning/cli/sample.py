@@ -47,6 +47,11 @@ def parser() -> Parser:
     made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
     made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
     made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
+    made.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights in memory: half of it for a half type (default: the files' own)",
+    )
     made.add_argument("--low-res", metavar="FILE", help="a square picture to start from; with --start-stage")
     made.add_argument(
         "--start-stage",
@@ -79,7 +84,7 @@ def main(argv: list[str]) -> int:
     from imagen_lightning.cascade import Cascade
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cascade = Cascade.load(arguments.cascade, device, trust=arguments.trust)
+    cascade = Cascade.load(arguments.cascade, device, trust=arguments.trust, dtype=arguments.dtype)
     if not prompts:
         if any(stage.text.encoder is not None for stage in cascade.stages):
             raise InputError("there are no captions; give --prompt or --prompts")
@@ -119,6 +124,7 @@ def main(argv: list[str]) -> int:
         "versions": {"imagen_lightning": __version__, "torch": torch.__version__},
         "device": str(cascade.device),
         "precision": arguments.precision,
+        "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
         "negative_prompt": arguments.negative_prompt,
         "low_res": arguments.low_res,
