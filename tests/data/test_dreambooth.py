@@ -1,7 +1,11 @@
 """DreamBooth's data: shares to the sample, resume to the bit, the paper's loss, and folders of images."""
 
 import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +255,34 @@ def test_accumulated_batches_take_the_step_of_a_whole_one(folders, tmp_path):
     parts = fit(dreambooth(folders, batch_size=2, **settings), tmp_path, 1, accumulate_grad_batches=4)
     assert parts.weight.item() == pytest.approx(whole.weight.item(), rel=1e-6)
     assert whole.weight.item() != 0
+
+
+TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+import imagen_lightning.torchvision_mend
+import test_dreambooth as tests
+module = tests.fit(tests.dreambooth({folders!r}, batch_size=8, share=0.25, prior_weight=0.5), {run!r}, 2,
+    devices=2, strategy="ddp")
+with open({run!r} + f"-{{module.trainer.global_rank}}.json", "w") as file:
+    tests.json.dump([module.weight.item(), module.keys], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(folders, tmp_path):
+    """With a share of 1/4, their halves of each batch have one instance each."""
+    whole = fit(dreambooth(folders, batch_size=8, share=0.25, prior_weight=0.5), tmp_path, 2)
+    script = tmp_path / "script.py"
+    run = str(tmp_path / "run")
+    script.write_text(TWO.format(tests=str(Path(__file__).parent), folders=[str(f) for f in folders], run=run))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [weight for weight, _ in found] == [pytest.approx(whole.weight.item(), rel=1e-6)] * 2
+    halves = [whole.keys[:4] + whole.keys[8:12], whole.keys[4:8] + whole.keys[12:]]
+    assert [keys for _, keys in found] == halves
 
 
 def test_a_run_resumes_with_the_same_parts_alone(folders, tmp_path):
