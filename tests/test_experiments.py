@@ -20,7 +20,8 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(
     str(path.relative_to(EXPERIMENTS))
     for path in EXPERIMENTS.rglob("*.yaml")
-    if path.parent.name not in ("overlays", "sweeps", "finetune")  # tests/sweeps and tests/finetuning look at these
+    # tests of sweeps, finetuning and export look at these
+    if path.parent.name not in ("overlays", "sweeps", "finetune", "deepfloyd")
 )
 CHAINS = [
     ("quickstart/base.yaml", "quickstart/sr.yaml"),
