@@ -190,7 +190,7 @@ FITS = [words for words in FITS if "stage.yaml" not in words and "RUN/config.yam
 
 @pytest.mark.parametrize("words", FITS, ids=" ".join)
 def test_fit_commands_parse(words, tmp_path, monkeypatch):
-    for word in {"mine.yaml", "laion.yaml", "dog.yaml"} & {*words}:  # which a page shows
+    for word in {"mine.yaml", "laion.yaml", "dog.yaml", "zib.yaml"} & {*words}:  # which a page shows
         run = f"run: runs/{Path(word).stem}/"
         block = next(block for page in PAGES for block in blocks(page, "yaml") if run in block)
         (tmp_path / word).write_text(block)
@@ -254,6 +254,7 @@ def test_every_component_of_a_yaml_has_its_table():
         *("EMA", "Checkpoint", "EncodeOnce", "NoiseLevelLoss", "SampleGrid", "SkippedSamples", "Throughput"),
         *("SampledMetric", "FID", "KID", "CLIPScore", "CaptionAccuracy", "Probes"),
         *("TinyTextEncoder", "T5TextEncoder", "TransformerEncoder", "LowResAugmentation"),
+        "PseudoTokens",
     }
     assert described == expected - {"DiffusionMixin", "StepRecord"}
 
