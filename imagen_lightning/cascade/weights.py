@@ -18,6 +18,7 @@ from imagen_lightning.types import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
+WORDS = "tokens."  # pseudo-words' vectors, which are float32 whichever type a stage has
 
 
 def load_weights(stage: nn.Module, reference: str) -> None:
@@ -82,7 +83,8 @@ def load_stage_weights(
         folder: of the cascade.
         entry: the stage's part of the manifest.
         what: names the stage in messages.
-        dtype: "float32", "bfloat16" or "float16", to which floating tensors are cast; None keeps the files' own.
+        dtype: "float32", "bfloat16" or "float16", to which floating tensors are cast, but for pseudo-words' vectors;
+            None keeps the files' own.
         device: of a stage made without weights.
 
     Raises:
@@ -97,7 +99,8 @@ def load_stage_weights(
     for path, sha256 in files.items():
         digest = hashlib.sha256()
         for key, value in read_tensors(path, headers[path], digest):
-            tensors[key] = value.to(device, wanted_dtype if value.is_floating_point() else None)
+            cast = value.is_floating_point() and not key.startswith(WORDS)
+            tensors[key] = value.to(device, wanted_dtype if cast else None)
         if digest.hexdigest() != sha256:
             raise InputError(
                 f"weights {str(path)!r} are not those that {MANIFEST} was written with: their SHA-256 differs"

@@ -13,6 +13,7 @@ from imagen_lightning.cascade.description import build_stage, without_weights
 from imagen_lightning.cascade.weights import put_tensors
 from imagen_lightning.networks import PatchTransformer
 from imagen_lightning.stages import BaseStage, Execution
+from imagen_lightning.text import PseudoTokens
 from imagen_lightning.types import InputError
 
 CAPTIONS = ["a small red star", "a cross"]
@@ -154,6 +155,20 @@ def test_half_weights_draw_nearly_the_same_picture_away_from_a_caption_and_with_
     given = {"captions": CAPTIONS, "negative": "a star", "images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}
     half = Cascade.load(tmp_path / "cascade", dtype="bfloat16")
     assert 0 < (cascade.sample(**given).images.float() - half.sample(**given).images.float()).abs().mean() < 6
+
+
+def test_pseudo_words_stay_float32(make_base, tmp_path):
+    stage = make_base()
+    tokens = PseudoTokens({"<zib>": 2}, init="star")
+    tokens.attach(stage.text.encoder)
+    tokens.begin(stage.text.encoder)
+    stage.attach_tokens(tokens)
+    Cascade([stage]).save(tmp_path / "cascade")
+    half = Cascade.load(tmp_path / "cascade", dtype="bfloat16")
+    assert torch.equal(half.stages[0].tokens.vectors["<zib>"], tokens.vectors["<zib>"])
+    assert half.stages[0].network.conv_in.weight.dtype == torch.bfloat16
+    full = Cascade([stage]).sample("a <zib>").images.float()
+    assert 0 < (half.sample("a <zib>").images.float() - full).abs().mean() < 6
 
 
 def test_an_unknown_type_is_refused(saved):

@@ -1,0 +1,32 @@
+"""Which cascade a folder holds, its weights in one file a stage or several."""
+
+import hashlib
+import json
+
+from imagen_lightning.cascade import Cascade
+from imagen_lightning.evaluation.identity import cascade_sha256, weights_sha256
+from imagen_lightning.networks import UNet
+from imagen_lightning.stages import BaseStage
+
+
+def stage():
+    return BaseStage(8, UNet(8, (1,), 1, (False,), groups=4))
+
+
+def test_weights_in_one_file_are_named_as_before_there_could_be_several(tmp_path):
+    Cascade([stage()]).save(tmp_path / "one")
+    entry = json.loads((tmp_path / "one" / "cascade.json").read_text())["stages"][0]
+    wanted = json.dumps([("base", entry["weights"]["sha256"])], sort_keys=True)
+    assert weights_sha256(tmp_path / "one") == hashlib.sha256(wanted.encode()).hexdigest()
+
+
+def test_weights_in_several_files_are_named_by_all_of_them(tmp_path):
+    made = Cascade([stage()])
+    made.save(tmp_path / "several", max_shard_size=5000)
+    made.save(tmp_path / "again", max_shard_size=5000)
+    before = weights_sha256(tmp_path / "several"), cascade_sha256(tmp_path / "several")
+    assert before == (weights_sha256(tmp_path / "again"), cascade_sha256(tmp_path / "again"))
+    made.stages[0].network.conv_out.bias.data += 1
+    made.save(tmp_path / "other", max_shard_size=5000)
+    changed = weights_sha256(tmp_path / "other"), cascade_sha256(tmp_path / "other")
+    assert not set(before) & set(changed)
