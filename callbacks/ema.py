@@ -63,7 +63,8 @@ class EMA(WeightAveraging):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
+            exact = parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad
+            if parameter.is_floating_point() and not exact:
                 raise InputError(
                     f"EMA of {parameter.dtype} weights ({name}) would lose its small updates; train with "
                     "trainer.precision bf16-mixed, which keeps float32 weights"

@@ -56,8 +56,8 @@ def base_identity(stage: DiffusionMixin) -> dict[str, Any]:
         "token length": None if encoder is None else encoder.max_tokens,
         "network": {"class_path": network["class_path"], "init_args": arguments},
         "image size": stage.image_size,
-        "schedule": describe(stage.diffusion.schedule),
-        "parametrization": describe(stage.diffusion.parametrization),
+        "schedule": describe(stage.process.schedule),
+        "parametrization": describe(stage.process.parametrization),
         "weights": weights_digest(as_module(stage)),
         "origin": getattr(stage, "origin", None),
     }

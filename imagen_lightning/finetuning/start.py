@@ -77,6 +77,7 @@ def from_cascade(
     crop_size: int | None = None,
     recompute: bool | list[bool] | None = None,
     execution: Execution | None = None,
+    dtype: str | None = None,
     seed: int = 0,
     trust: list[str] | None = None,
 ) -> lightning.LightningModule:
@@ -102,12 +103,13 @@ def from_cascade(
         augmentation, aug_level, crop_size: super-resolution only, as in `SuperResolutionStage`.
         recompute: whether activations are computed again in the backward pass instead of kept, as in the network.
         execution: channels-last, torch.compile.
+        dtype: "bfloat16" or "float16" for frozen weights in half the memory, beside an adapter; None keeps the files'.
         seed: of training's noise, times, drops, levels and crops.
         trust: packages beside this one whose classes the manifest may name.
 
     Raises:
         InputError: no such cascade or stage; a change that the stage cannot take; another image_size without a schedule
-            for it; another text encoder or token length.
+            for it; another text encoder or token length; another dtype without an adapter.
     """
     path, manifest = read_manifest(cascade)
     entry = manifest["stages"][find_stage([entry["name"] for entry in manifest["stages"]], stage)]
@@ -127,7 +129,7 @@ def from_cascade(
     sizes = _sizes(entry, image_size, low_res_size, what)
     if sizes["image_size"] != entry["image_size"] and schedule is None:
         old = build(diffusion.get("schedule"), trusted)
-        raise InputError(_shift(entry["image_size"], sizes["image_size"], old, what))
+        raise InputError(_shift(entry["image_size"], image_size or entry["image_size"], old, what))
     _change(diffusion, schedule=schedule, weighting=weighting, times=times, variance=variance)
     only_larger = {"augmentation": augmentation, "aug_level": aug_level, "crop_size": crop_size}
     if entry["low_res_size"] is None and (wrong := [name for name, value in only_larger.items() if value is not None]):
@@ -139,6 +141,8 @@ def from_cascade(
         network["recompute"] = recompute
     _change(arguments, **sizes, **only_larger, execution=execution, seed=seed)
 
+    if dtype not in (None, "float32") and adapter is None:
+        raise InputError(f"dtype {dtype!r} would lose small updates of weights that are trained; add an adapter")
     made = build_stage({**entry["stage"], "init_args": arguments}, trusted, what)
     if made.sampling.sampler.needs_variance and not made.process.learns_variance:
         raise InputError(
@@ -146,7 +150,7 @@ def from_cascade(
             "sampling.sampler too, e.g. to imagen_lightning.samplers.DDPM with variance 'small' or 'large'"
         )
     module = cast(lightning.LightningModule, made)
-    load_stage_weights(module, path.parent, entry, what)
+    load_stage_weights(module, path.parent, entry, what, dtype)
     made.origin = descended(entry, path)
     if optimization is not None:
         made.optimization = optimization

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,8 +43,8 @@ class Optimization:
     lr_schedule: str = "constant"
     final_lr_share: float = 0.0
     train: list[str] | None = None
-    freeze: list[str] = field(default_factory=list)
-    lr_scales: dict[str, float] = field(default_factory=dict)
+    freeze: Sequence[str] = ()
+    lr_scales: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW if self.optimizer is None else self.optimizer
@@ -52,7 +52,7 @@ class Optimization:
             raise InputError(f"lr_schedule {self.lr_schedule!r} is unknown; use 'constant' or 'cosine'")
         if self.warmup_steps < 0:
             raise InputError(f"warmup_steps {self.warmup_steps} must not be negative")
-        for pattern, scale in self.lr_scales.items():
+        for pattern, scale in (self.lr_scales or {}).items():
             if not 0 < scale < math.inf:
                 raise InputError(f"lr_scales {scale} of {pattern!r} must be positive; to train none of it, freeze it")
 

@@ -113,6 +113,21 @@ def test_adapters_alone_are_trained(kind):
         assert (parameter.grad is not None) == ("lora_" in name)
 
 
+def test_recomputed_activations_give_the_same_gradients(kind):
+    gradients = []
+    for again in (False, True):
+        stage = STAGES[kind]()
+        stage.network.recompute_with(again)
+        stage.attach_adapter(LoRA(2, targets=ALL[kind], dropout=0.5))
+        filled(stage)
+        torch.manual_seed(5)
+        stage.train().training_step(make_batch(range(2)), 0).backward()
+        gradients.append({name: value.grad for name, value in stage.named_parameters() if value.requires_grad})
+    assert all(value.abs().max() > 0 for value in gradients[0].values())
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-6, rtol=1e-5)
+
+
 def test_the_precomputed_keys_and_values_are_the_adapted_ones(kind):
     stage = STAGES[kind]()
     stage.attach_adapter(LoRA(4, targets=["*text_to_kv"]))

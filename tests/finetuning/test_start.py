@@ -133,6 +133,19 @@ def test_another_text_is_refused_naming_both(cascade):
         from_cascade(str(cascade), null_text="learned")
 
 
+def test_frozen_weights_take_half_the_memory(cascade):
+    start = from_cascade(str(cascade), adapter=LoRA(2), dtype="bfloat16")
+    assert {parameter.dtype for parameter in start.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in start.parameters() if parameter.requires_grad} == {torch.float32}
+    start.log = lambda *args, **kwargs: None
+    start.training_step(make_batch(range(2)), 0).backward()
+    gradients = [parameter.grad for parameter in start.parameters() if parameter.requires_grad]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+    with pytest.raises(InputError, match="'bfloat16' would lose small updates"):
+        from_cascade(str(cascade), dtype="bfloat16")
+
+
 def test_no_such_cascade_or_stage(cascade, tmp_path):
     with pytest.raises(InputError, match="no cascade folder"):
         from_cascade(str(tmp_path))
@@ -200,4 +213,25 @@ def test_fit_with_an_adapter_resumes_to_the_bit(config, cascade, tmp_path, monke
     fit(monkeypatch, "validate", "--config", tmp_path / "whole" / "config.yaml", "--ckpt_path",
         tmp_path / "whole" / "checkpoints" / "last.ckpt")  # fmt: skip
     made = Cascade.from_checkpoints([tmp_path / "whole"])
+    assert made.stages[0].adapter is None
+    assert made.stages[0].state_dict().keys() == base.keys()
     assert made.stages[0].text.drop == 0.2
+
+
+def test_the_configuration_is_printed(config, capsys):
+    from imagen_lightning.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert ended.value.code == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert model["class_path"] == "imagen_lightning.finetuning.from_cascade"
+    assert model["init_args"]["adapter"]["init_args"]["rank"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_exactly(config, tmp_path):
+    from imagen_lightning.cli.main import main
+
+    options = ["--steps", "12", "--kills", "2", "--out", str(tmp_path / "runs")]
+    assert main(["verify-resume", "--config", str(config), *options]) == 0
