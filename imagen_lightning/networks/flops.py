@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> float | None:
     """FLOPs an image of a forward and a backward pass of `network(x_t, t, conditioning)`, counted on the meta device.
 
-    Nothing is computed, no memory taken, no random number drawn. A masked key counts as any other. None, and a warning,
-    where the network looks at values, which a meta tensor lacks.
+    Nothing is computed, no memory taken, no random number drawn. A masked key counts as any other. The backward pass of
+    a frozen network is that to its text. None, and a warning, where the network looks at values, which a meta tensor
+    lacks.
     """
     text = replace(conditioning.text, mask=None) if conditioning.text is not None else None
     weights = {
@@ -29,6 +30,10 @@ def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Condit
     dtype = next(network.parameters()).dtype
     with torch.no_grad():  # the conditioning may hang on a trainable text network
         inputs = [item.to("meta", dtype) for item in (x_t, t, replace(conditioning, text=text))]
+    if text is not None and not any(value.requires_grad for value in weights.values()):
+        inputs[
+            2
+        ].text.states.requires_grad_()  # where new words are learned, a frozen network's gradients go to the text
     counter = FlopCounterMode(display=False)
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), nothing_recomputed(), counter:

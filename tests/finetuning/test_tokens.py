@@ -14,7 +14,7 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.finetuning import from_cascade
 from imagen_lightning.networks import LoRA
 from imagen_lightning.stages import Optimization
-from imagen_lightning.text import PseudoTokens, TinyTextEncoder, TransformerEncoder
+from imagen_lightning.text import PseudoTokens, T5TextEncoder, TinyTextEncoder, TransformerEncoder
 from imagen_lightning.text.token_files import add_tokens, save_tokens
 from imagen_lightning.types import Text
 
@@ -91,6 +91,27 @@ def test_batches_without_the_word_and_of_dropped_text_can_be_trained_on(cascade)
     made = start(cascade, text_drop=0.0)
     step(made, ["a dog", ""])
     assert (made.tokens.vectors["<zib>"].grad == 0).all()
+
+
+def test_a_stage_learns_a_word_through_t5(tmp_path):
+    import transformers
+
+    sizes = {"d_model": TEXT_DIM, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 384}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "t5")
+    encoder = T5TextEncoder(str(tmp_path / "t5"), max_tokens=40)
+    Cascade([base_stage(text=text_settings(encoder=encoder))]).save(tmp_path / "cascade")
+    made = start(tmp_path / "cascade", text_drop=0.0)
+    made.tokens.begin(made.text.encoder)
+    before = made.tokens.vectors["<zib>"].clone()
+    assert torch.allclose(before, encoder.embed("star").mean(dim=0))
+    step(made, [CAPTION, "a dog"])
+    assert not torch.equal(made.tokens.vectors["<zib>"], before)
+    assert not any("encoder" in name for name in made.state_dict())
+    captions = ["a dog", "a <word>"]
+    drawn = made.eval().sample(captions, generators(1, 2), num_steps=2)
+    old = Cascade.load(tmp_path / "cascade").stages[0]
+    assert torch.equal(drawn, old.sample(captions, generators(1, 2), num_steps=2))
 
 
 def test_more_is_trained_where_it_is_named(cascade):

@@ -149,6 +149,14 @@ def test_cleaning_leaves_the_words(byt5):
         assert torch.equal(read.states, tokens.read(plain, ["a <zib> <b-2>bold"]).states)
 
 
+def test_words_in_lower_case_are_the_words(byt5):
+    lower, plain = (T5TextEncoder(str(byt5), clean_captions=clean) for clean in ("lowercase", False))
+    tokens = make_tokens(plain, {"<Zib>": 1})
+    with torch.no_grad():
+        states = tokens.read(lower, [" A <ZIB> on a Mat "]).states
+        assert torch.equal(states, tokens.read(plain, ["a <Zib> on a mat"]).states)
+
+
 def test_vectors_stay_float32_beside_an_encoder_of_less(byt5):
     encoder = T5TextEncoder(str(byt5), dtype="bfloat16")
     tokens = make_tokens(encoder)
