@@ -101,13 +101,14 @@ def parallel(sweep: FoundSweep) -> go.Figure:
                 showarrow=False,
                 xanchor="left",
                 xshift=6,
+                yshift=8,  # above a line that goes straight on
                 font={"size": 11},
             )
     labels = [figures.plain(axis.label) for axis in axes]
     figure.update_xaxes(
         tickvals=list(range(len(axes))), ticktext=labels, side="top", showgrid=False, range=[-0.15, len(axes) - 0.6]
     )
-    figure.update_yaxes(visible=False, range=[-0.06, 1.06])
+    figure.update_yaxes(visible=False, range=[-0.06, 1.1])
     figure.update_layout(margin={"l": 20, "r": 60, "t": 40, "b": 10})
     return figure
 
