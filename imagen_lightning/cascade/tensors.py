@@ -100,7 +100,7 @@ def read_tensors(path: Path, header: Mapping[str, StoredTensor], digest: Any) ->
 def _read(file: BinaryIO, num_bytes: int, path: Path) -> Tensor:
     """The next bytes of a file as (num_bytes,) uint8."""
     raw = torch.empty(num_bytes, dtype=torch.uint8)
-    left = memoryview(raw.numpy())
+    left = raw.numpy().data
     while len(left):
         count = file.readinto(left)  # type: ignore[attr-defined]
         if not count:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from imagen_lightning.cascade.sampling import find_stage
 from imagen_lightning.cascade.tensors import StoredTensor, read_header, read_tensors, write_tensors
 from imagen_lightning.types import InputError
 
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_SIZE = 5_000_000_000  # bytes
 WORDS = "tokens."  # pseudo-words' vectors, which are float32 whichever type a stage has
@@ -94,7 +97,11 @@ def load_stage_weights(
     wanted_dtype = find_dtype(dtype)
     files = {_weights_path(folder, name, entry): sha256 for name, sha256 in weight_files(entry)}
     headers = {path: read_header(path) for path in files}
-    check_tensors(module, _joined(headers, what), what)
+    stored = _joined(headers, what)
+    check_tensors(module, stored, what)
+    if _shapes_only.get():
+        put_tensors(module, {key: _shape_of(key, value, wanted_dtype) for key, value in stored.items()})
+        return
     tensors = {}
     for path, sha256 in files.items():
         digest = hashlib.sha256()
@@ -106,6 +113,21 @@ def load_stage_weights(
                 f"weights {str(path)!r} are not those that {MANIFEST} was written with: their SHA-256 differs"
             )
     put_tensors(module, tensors)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, cascades' stages get tensors of the files' types and shapes without memory (on the meta device)."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def _shape_of(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
+    cast = dtype is not None and stored.dtype.is_floating_point and not key.startswith(WORDS)
+    return torch.empty(stored.shape, dtype=dtype if cast else stored.dtype, device="meta")
 
 
 def weight_files(entry: Mapping[str, Any]) -> list[tuple[str, str | None]]:
