@@ -37,7 +37,7 @@ def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Condit
     counter = FlopCounterMode(display=False)
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), nothing_recomputed(), counter:
-            torch.func.functional_call(network, weights, tuple(inputs)).sum().backward()
+            torch.func.functional_call(network, weights, inputs).sum().backward()
     except (RuntimeError, NotImplementedError) as error:
         log.warning("FLOPs are not logged: the network does not run on tensors without values (%s)", error)
         return None
