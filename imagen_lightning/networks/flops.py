@@ -29,7 +29,8 @@ def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Condit
     }
     dtype = next(network.parameters()).dtype
     with torch.no_grad():  # the conditioning may hang on a trainable text network
-        inputs = [item.to("meta", dtype) for item in (x_t, t, replace(conditioning, text=text))]
+        told = replace(conditioning, text=text).to("meta", dtype)
+        inputs = x_t.to("meta", dtype), t.to("meta", dtype), told
     if text is not None and not any(value.requires_grad for value in weights.values()):
         inputs[
             2
