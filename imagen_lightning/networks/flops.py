@@ -32,9 +32,7 @@ def count_flops(network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Condit
         told = replace(conditioning, text=text).to("meta", dtype)
         inputs = x_t.to("meta", dtype), t.to("meta", dtype), told
     if text is not None and not any(value.requires_grad for value in weights.values()):
-        inputs[
-            2
-        ].text.states.requires_grad_()  # where new words are learned, a frozen network's gradients go to the text
+        told.text.states.requires_grad_()  # new words are learned so: gradients pass a frozen network
     counter = FlopCounterMode(display=False)
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), nothing_recomputed(), counter:
