@@ -84,8 +84,27 @@ def test_the_adapter_of_a_run_makes_of_the_cascade_what_the_run_made(cascade, ru
     assert (output(stage) - before).abs().max() > 1e-3
     content = torch.load(run / "checkpoints" / "step-3.ckpt", weights_only=True)
     key = "network.mid_attention.to_qkv.lora_B.default.weight"
+    assert adapter.base["origin"]["parents"][0]["cascade"] == cascade.name  # and its licences, where it has any
     assert torch.equal(adapter.layers["mid_attention.to_qkv"].b, content["state_dict"][key])
     assert not torch.equal(content["state_dict"][key], content["current_model_state"][key])  # the average, not these
+
+
+def test_from_a_run_to_a_cascade_by_the_verbs(cascade, run, tmp_path, capsys):
+    from imagen_lightning.cli.main import main
+
+    assert main(["adapter", str(run), str(tmp_path / "adapter")]) == 0
+    assert "for a stage 'base' with weights" in capsys.readouterr().out
+    made = tmp_path / "cascade"
+    assert main(["cascade", str(cascade), str(made), "--adapter", str(tmp_path / "adapter")]) == 0
+    merged, whole = Cascade.from_checkpoints([run]).stages[0].state_dict(), Cascade.load(made)
+    assert whole.names == ["base", "sr_16"]
+    assert all(torch.equal(value, merged[name]) for name, value in whole.stages[0].state_dict().items())
+    # the second time it is another base
+    assert main(["cascade", str(made), str(tmp_path / "twice"), "--adapter", str(tmp_path / "adapter")]) == 2
+    assert "is for a stage 'base' with weights" in capsys.readouterr().err
+    assert main(["adapter", str(run), str(tmp_path / "theirs"), "--format", "diffusers"]) == 2
+    assert "text_norm 'layer' ('group' or 'none')" in capsys.readouterr().err
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_a_run_that_trained_more_is_refused(cascade, tmp_path):
