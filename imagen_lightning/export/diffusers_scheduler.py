@@ -192,7 +192,7 @@ def scheduler_config(diffusion: Diffusion, sampling: Sampling) -> tuple[dict[str
         wrong.append(f"guidance_interval {list(sampling.guidance_interval)} (null)")
     if sampling.guidance_rescale:
         wrong.append(f"guidance_rescale {sampling.guidance_rescale} (0)")
-    shared = {**table, "prediction_type": (kinds or [None])[0]}
+    shared = {**table, "prediction_type": kinds[0] if kinds else None}
     write = _ddpm if isinstance(sampling.sampler, DDPM) else _dpm
     return write(shared, diffusion, sampling, wrong), wrong
 
@@ -231,7 +231,7 @@ def _dpm(shared: dict[str, Any], diffusion: Diffusion, sampling: Sampling, wrong
         **DPM_DEFAULTS,
         **shared,
         **_thresholding(sampling.thresholding, (DynamicThresholding, NoThresholding), wrong),
-        "algorithm_type": (algorithms or [None])[0],
+        "algorithm_type": algorithms[0] if algorithms else None,
         "lower_order_final": below > 0,
         "lambda_min_clipped": -math.inf if lowest is None else lowest,
         "variance_type": "learned_range" if isinstance(diffusion.variance, LearnedRange) else None,

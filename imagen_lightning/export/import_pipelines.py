@@ -181,7 +181,7 @@ def _encoder(
         "clean_captions": "lowercase",
         "padding": "attended",
     }
-    inside = {"subfolder": TEXT_ENCODER, "tokenizer_subfolder": TOKENIZER}
+    inside: dict[str, Any] = {"subfolder": TEXT_ENCODER, "tokenizer_subfolder": TOKENIZER}
     if given is not None:
         local = Path(given).expanduser()
         place = str(local.resolve()) if local.exists() else str(given)
@@ -261,9 +261,9 @@ def _check_tensors(
             raise InputError(f"{where} {problem} {_some(rest)}: they are not those of unet/config.json")
     shapes = {key: tuple(value.shape) for key, value in as_module(stage).state_dict().items()}
     for ours, theirs in table.items():
-        height, *rest = shapes[f"network.{ours}"]
+        height, *others = shapes[f"network.{ours}"]
         for name in theirs:
-            expected = (height // len(theirs), *rest)
+            expected = (height // len(theirs), *others)
             if found[name][1] != expected:
                 raise InputError(
                     f"{where}: {name!r} has shape {found[name][1]} in {found[name][0].name}, but unet/config.json "

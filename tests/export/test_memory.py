@@ -14,7 +14,7 @@ from imagen_lightning.networks import UNet
 GIB = 2**30
 MEASURED = """
 import resource, sys
-import lightning, transformers
+import imagen_lightning.torchvision_mend, lightning, transformers
 from imagen_lightning.export.export_cascade import export_cascade
 from imagen_lightning.export.import_pipelines import import_pipelines
 from imagen_lightning.cascade import Cascade

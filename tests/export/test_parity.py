@@ -111,3 +111,15 @@ def test_larger_shapes(capsys, saved, name, solver):
     stage, low_res = compare(capsys, saved, name, solver, 20)
     if not solver:
         check_that_all_counts(stage, low_res)
+
+
+@pytest.mark.filterwarnings("ignore:.*captions so far were cut")
+def test_text_is_encoded_alike(saved):
+    pipeline, stage = load(saved("stage I"), False)
+    prompts = ["  A Photo of TWO cats ", "", "straße, ÉTÉ & 3 red stars!", "a very long prompt of stars, " * 30]
+    states, empty = pipeline.encode_prompt(prompts, clean_caption=False)
+    text, null = stage.text.encoder(prompts), stage.null(torch.device("cpu"))
+    assert text.states.shape == (4, 77, 32)
+    assert text.mask is None
+    assert torch.equal(text.states, states)
+    assert torch.equal(null.states.expand(4, -1, -1), empty)

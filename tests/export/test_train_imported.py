@@ -167,6 +167,16 @@ def test_the_experiments_run(name, cascade, tmp_path, monkeypatch):
     assert changed
     assert all("attention" in key for key in changed)
     assert "deepfloyd-if-license" in Path("joined/cascade.json").read_text()
+    assert main(["export", "joined", "pipelines", "--format", "diffusers"]) == 0
+    header = yaml.safe_load(Path("pipelines/README.md").read_text().split("---")[1])
+    assert header["license_name"] == "deepfloyd-if-license"
+    assert Path("pipelines/stage_1/LICENSE").read_text() == "The licence's text.\n"
+    kind = IFPipeline if stage == "base" else IFSuperResolutionPipeline
+    pipeline = kind.from_pretrained("pipelines/stage_1")
+    assert torch.equal(pipeline.unet.conv_in.weight, tuned.network.conv_in.weight)
+    assert torch.equal(
+        pipeline.unet.mid_block.attentions[0].to_out[0].weight, tuned.network.mid_attention.to_out.weight
+    )
 
 
 def test_the_experiments_differ_in_their_stage_alone():
