@@ -91,7 +91,7 @@ def from_cascade(
             inversion); `optimization.train` names more where more is to be trained.
         text_drop: share of captions replaced by the null text in training.
         null_text: "zero" or "empty_caption".
-        encoder: the cascade's text encoder from another place, e.g. from a local folder; its name and token length must
+        encoder: the cascade's text encoder set up otherwise, e.g. in another precision; its name and token length must
             be the cascade's.
         optimization: optimizer, learning rates, freezing.
         sampling: what of the default sampling changes.
