@@ -20,7 +20,7 @@ def parser() -> Parser:
     made.add_argument(
         "--text-encoder",
         metavar="PATH",
-        help="folder or hub name of the T5 and its tokenizer, or of a pipeline (default: the pipelines' own)",
+        help="folder or hub name of the T5 and its tokenizer, or a pipeline's folder (default: the pipelines' own)",
     )
     made.add_argument(
         "--text-dtype",

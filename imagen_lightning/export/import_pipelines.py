@@ -56,8 +56,8 @@ def import_pipelines(
 
     Args:
         sources: of stage I and stages II in order, or of either alone: local folders or names on the hub.
-        text_encoder: a folder or hub name in place of the pipelines' own encoder: of a T5 with its tokenizer, or of a
-            pipeline.
+        text_encoder: in place of the pipelines' own encoder: a folder or hub name of a T5 with its tokenizer, or a
+            pipeline's folder.
         dtype: "float32", "bfloat16" or "float16", to which the weights are cast; None keeps them as they are.
         text_dtype: in which the text encoder is held.
         variant: of the U-Nets' files, e.g. "fp16".
