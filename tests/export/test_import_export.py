@@ -146,6 +146,17 @@ def test_changed_configs_outweigh_what_an_export_wrote_beside_them(cascade, tmp_
     assert stage.sampling.thresholding.max_value == 1.2
 
 
+def test_what_lies_beside_the_configs_runs_no_code(cascade, tmp_path):
+    first, _ = export_cascade(cascade, tmp_path / "out")
+    path = first / "imagen_lightning.json"
+    said = json.loads(path.read_text())
+    said["stage"]["init_args"]["network"]["class_path"] = "subprocess.Popen"
+    path.write_text(json.dumps(said))
+    refused(first, "the stage of 'stage_1': class 'subprocess.Popen' is not part of imagen_lightning")
+    path.write_text(json.dumps({**said, "format": "another"}))
+    refused(first, "is described in no 'imagen-lightning stage'")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_types_stay_or_change_as_asked(copied, tmp_path, dtype):
     folder = copied("stage I")
