@@ -28,15 +28,22 @@ class EMA(WeightAveraging):
     two are exchanged, never lost, during validation and after training. Inside validation and once training has ended
     the module holds the average.
 
+    Weights that are not trained are their own average, in the same memory.
+
     Args:
         decay: the largest d, in [0, 1).
+        device: where the average lies: null for that of the weights, or "cpu", which saves a GPU's memory and costs a
+            copy of the weights after each step.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: float = 0.9999, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise InputError(f"EMA decay {decay} must be in [0, 1)")
+        if device not in (None, "cpu"):
+            raise InputError(f"EMA device {device!r} is unknown; use null (that of the weights) or 'cpu'")
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
         self.decay = decay
+        self.device = device
         self.swapped = False
         self._swapped_for_validation = False
 
@@ -69,6 +76,12 @@ class EMA(WeightAveraging):
                     f"EMA of {parameter.dtype} weights ({name}) would lose its small updates; train with "
                     "trainer.precision bf16-mixed, which keeps float32 weights"
                 )
+        # Lightning makes the average before it moves the weights to their device, and leaves it behind.
+        assert self._average_model is not None
+        self._average_model.to(self.device or pl_module.device)
+        for average, weight in zip(self._average_model.module.parameters(), pl_module.parameters()):
+            if not weight.requires_grad and average.device == weight.device:
+                average.data = weight.data
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._average_model is not None and not self.swapped:

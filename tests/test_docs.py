@@ -180,7 +180,7 @@ def test_commands_exist(options, capsys):
             option = word.partition("=")[0]
             if not option.startswith("--") or option in options(path, capsys):
                 continue
-            assert verb in ("fit", "verify-resume"), f"{page}: imagen-lightning {verb} has no {option}"
+            assert verb in ("fit", "plan", "verify-resume"), f"{page}: imagen-lightning {verb} has no {option}"
             assert re.fullmatch(r"--(model|data)\.init_args(\.\w+)+", option), f"{page}: {option}"
 
 
@@ -190,7 +190,7 @@ FITS = [words for words in FITS if "stage.yaml" not in words and "RUN/config.yam
 
 @pytest.mark.parametrize("words", FITS, ids=" ".join)
 def test_fit_commands_parse(words, tmp_path, monkeypatch):
-    for word in {"mine.yaml", "laion.yaml", "dog.yaml", "zib.yaml"} & {*words}:  # which a page shows
+    for word in {"mine.yaml", "laion.yaml", "dog.yaml", "zib.yaml", "domain.yaml"} & {*words}:  # which a page shows
         run = f"run: runs/{Path(word).stem}/"
         block = next(block for page in PAGES for block in blocks(page, "yaml") if run in block)
         (tmp_path / word).write_text(block)

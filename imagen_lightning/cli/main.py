@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("fit", "validation loss of a checkpoint"),
     "test": ("fit", "run a stage's test loop, if it has one"),
     "predict": ("fit", "run a stage's prediction loop, if it has one"),
+    "plan": ("plan", "what training a stage takes: memory, FLOPs, disk; and which settings make it fit a GPU"),
     "adapter": ("adapter", "write the low-rank adapter that a run trained to files of its own"),
     "cascade": ("cascade", "chain trained stages into a cascade folder"),
     "class-images": ("class_images", "draw what a cascade knows of a class, to keep it while fine-tuning (DreamBooth)"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from imagen_lightning.types import InputError
 
@@ -38,17 +38,30 @@ def add(x: Tensor, h: Tensor) -> Tensor:
     return h.add_(x) if h.dtype == x.dtype else x + h
 
 
-_recomputes: ContextVar[bool] = ContextVar("recomputes", default=True)
+class _Recomputation:
+    """How activations are computed again; no context variable, since torch.compile reads it too."""
+
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = noop_context_fn
 
 
 @contextmanager
 def nothing_recomputed() -> Iterator[None]:
     """Inside, all activations are kept: where the FLOPs are counted of the work that must be done."""
-    token = _recomputes.set(False)
+    before, _Recomputation.contexts = _Recomputation.contexts, None
     try:
         yield
     finally:
-        _recomputes.reset(token)
+        _Recomputation.contexts = before
+
+
+@contextmanager
+def recomputed_within(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """What is computed inside is computed again within `context`: a mode of torch that backward passes do not keep."""
+    before, _Recomputation.contexts = _Recomputation.contexts, lambda: (nullcontext(), context)
+    try:
+        yield
+    finally:
+        _Recomputation.contexts = before
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -56,9 +69,10 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     Random numbers, as dropout's, are the same both times. Inside `nothing_recomputed` activations are kept.
     """
-    if not torch.is_grad_enabled() or not _recomputes.get():
+    contexts = _Recomputation.contexts
+    if not torch.is_grad_enabled() or contexts is None:
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[return-value]
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[return-value]
 
 
 def sinusoidal(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

@@ -25,6 +25,7 @@ from imagen_lightning.text.hub import (
 )
 from imagen_lightning.text.identity import PROBES, digest_tokens, digest_weights
 from imagen_lightning.text.pseudo_tokens import PseudoTokens, add_vectors
+from imagen_lightning.text.t5_shapes import T5Shape, published_shape
 from imagen_lightning.types import InputError, Text, TextEncoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,7 +121,13 @@ class T5TextEncoder(TextEncoder):
 
     @cached_property
     def dim(self) -> int:
-        return int(self._config.d_model)
+        return self.shape.d_model
+
+    @cached_property
+    def shape(self) -> T5Shape:
+        """The model's size; of a published one it is known without its files."""
+        published = published_shape(self.name_or_path) if self._folder is None else None
+        return published or T5Shape.of(self._config)
 
     def __call__(
         self, captions: Sequence[str], device: torch.device | str = "cpu", tokens: PseudoTokens | None = None
