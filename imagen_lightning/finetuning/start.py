@@ -34,7 +34,7 @@ from imagen_lightning.diffusion import (
     Weighting,
 )
 from imagen_lightning.networks import LoRA
-from imagen_lightning.stages import Execution, Optimization
+from imagen_lightning.stages import DiffusionMixin, Execution, Optimization
 from imagen_lightning.text import PseudoTokens
 from imagen_lightning.types import InputError, Sampler, Schedule, Spacing, TextEncoder
 
@@ -100,7 +100,8 @@ def from_cascade(
         schedule: of the noise; needed where image_size is another.
         image_size: pixels along a side of the new images.
         low_res_size: of the images that super-resolution takes; None goes with image_size.
-        augmentation, aug_level, crop_size: super-resolution only, as in `SuperResolutionStage`.
+        augmentation, aug_level, crop_size: super-resolution only, as in `SuperResolutionStage`; a crop of image_size is
+            the whole image.
         recompute: whether activations are computed again in the backward pass instead of kept, as in the network.
         execution: channels-last, torch.compile.
         dtype: "bfloat16" or "float16" for frozen weights in half the memory, beside an adapter; None keeps the files'.
@@ -118,9 +119,7 @@ def from_cascade(
     trusted = tuple(trust or ())
 
     text = _inner(arguments, "text")
-    old_null = text.get("null_text", "zero")
-    if null_text not in (None, old_null) and "learned" in (null_text, old_null):
-        raise InputError(f"null_text {null_text!r}: {what} has {old_null!r}, and a learned null text is a weight")
+    _check_null(null_text, text.get("null_text", "zero"), what)
     if encoder is not None:
         _check_encoder(encoder, build(text.get("encoder"), trusted), what)
     _change(text, drop=text_drop, null_text=null_text, encoder=encoder)
@@ -132,8 +131,7 @@ def from_cascade(
         raise InputError(_shift(entry["image_size"], image_size or entry["image_size"], old, what))
     _change(diffusion, schedule=schedule, weighting=weighting, times=times, variance=variance)
     only_larger = {"augmentation": augmentation, "aug_level": aug_level, "crop_size": crop_size}
-    if entry["low_res_size"] is None and (wrong := [name for name, value in only_larger.items() if value is not None]):
-        raise InputError(f"{wrong[0]} is of super-resolution, and {what} is no such stage; drop it")
+    _check_larger(entry, only_larger, what)
     if recompute is not None:
         network = _inner(arguments, "network")
         if "recompute" not in network:
@@ -152,18 +150,24 @@ def from_cascade(
     module = cast(lightning.LightningModule, made)
     load_stage_weights(module, path.parent, entry, what, dtype)
     made.origin = descended(entry, path)
-    if optimization is not None:
-        made.optimization = optimization
-    if tokens is not None:
-        made.attach_tokens(tokens)
-        if made.optimization.train is None:
-            trained = [f"tokens.vectors.{word}" for word in tokens.words] + (["*.lora_*"] if adapter else [])
-            made.optimization = replace(made.optimization, train=trained)
-    if adapter is not None:
-        made.attach_adapter(adapter)
-    else:
-        made.optimization.freeze_parameters(module)
+    _choose_trained(made, adapter, tokens, optimization)
     return module.train()
+
+
+def _choose_trained(
+    stage: DiffusionMixin, adapter: LoRA | None, tokens: PseudoTokens | None, optimization: Optimization | None
+) -> None:
+    """Adds the adapter and the new words, which alone are trained where `optimization.train` does not say otherwise."""
+    stage.optimization = optimization or stage.optimization
+    if tokens is not None:
+        stage.attach_tokens(tokens)
+        if stage.optimization.train is None:
+            trained = [f"tokens.vectors.{word}" for word in tokens.words] + (["*.lora_*"] if adapter else [])
+            stage.optimization = replace(stage.optimization, train=trained)
+    if adapter is not None:
+        stage.attach_adapter(adapter)
+    else:
+        stage.optimization.freeze_parameters(cast(lightning.LightningModule, stage))
 
 
 def _inner(arguments: dict[str, Any], name: str) -> dict[str, Any]:
@@ -173,6 +177,18 @@ def _inner(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _change(arguments: dict[str, Any], **values: Any) -> None:
     arguments.update({name: value for name, value in values.items() if value is not None})
+
+
+def _check_null(given: str | None, old: str, what: str) -> None:
+    if given not in (None, old) and "learned" in (given, old):
+        raise InputError(f"null_text {given!r}: {what} has {old!r}, and a learned null text is a weight")
+
+
+def _check_larger(entry: Mapping[str, Any], given: Mapping[str, Any], what: str) -> None:
+    """Raises InputError where settings of super-resolution are given to another stage."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if entry["low_res_size"] is None and wrong:
+        raise InputError(f"{wrong[0]} is of super-resolution, and {what} is no such stage; drop it")
 
 
 def _check_encoder(given: TextEncoder, wanted: TextEncoder | None, what: str) -> None:
@@ -194,9 +210,8 @@ def _sizes(
     """The new sizes; an enlargement keeps its factor where only one of them is given."""
     old, old_low = entry["image_size"], entry["low_res_size"]
     new = image_size or old
+    _check_larger(entry, {"low_res_size": low_res_size}, what)
     if old_low is None:
-        if low_res_size is not None:
-            raise InputError(f"low_res_size is of super-resolution, and {what} is no such stage; drop it")
         return {"image_size": new}
     if low_res_size is None and new * old_low % old:
         raise InputError(f"image_size {new} does not enlarge as {what} does, {old_low} to {old}; give low_res_size too")
