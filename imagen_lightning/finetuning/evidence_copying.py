@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.metrics.confidence import wilson
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.metrics.values import share_value
 
@@ -30,6 +31,7 @@ _NUM_RESAMPLES = 1000
 _AT_ONCE = 50  # resamples in memory
 _BLOCK = 256  # rows of a distance matrix in memory at once
 BOTH_SETS = "95% bootstrap of both sets"
+AT_LEAST_WILSON = f"{BOTH_SETS}, no narrower than Wilson's"
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,11 @@ def copying_values(
     values = []
     for metric, statistic, words in statistics:
         x, y = pairs if metric == NEAR_COPIES else alone
-        low, high = _interval(x, y, statistic, seed)
         made = replace(protocol, metric=metric, num_samples=len(x), settings=words)
-        values.append(Value(metric, float(statistic(x, y)), low, high, made, BOTH_SETS))
+        if metric == NEARER:
+            values.append(Value(metric, float(statistic(x, y)), *_interval(x, y, statistic, seed), made, BOTH_SETS))
+        else:
+            values.append(_share(x, y, statistic, made, seed))
     made = replace(protocol, settings=f"of {len(training)} training images")
     values.append(share_value(AUTHENTICITY, authentic(samples, training), made))
     return values
@@ -158,9 +162,8 @@ def near_everywhere(samples: Sequence[Neighbours], held_out: Sequence[Neighbours
     same = torch.stack([own.numbers for own in samples]).eq(samples[0].numbers).all(dim=0)
     x = torch.where(same[:, None], stacked(samples), math.inf)
     y = stacked(held_out)
-    low, high = _interval(x, y, near_copies, 0)
     made = replace(protocol, metric=NEAR_COPIES, num_samples=len(x), settings=f"beside {len(y)} held out")
-    return Value(NEAR_COPIES, float(near_copies(x, y)), low, high, made, BOTH_SETS)
+    return _share(x, y, near_copies, made, 0)
 
 
 def near_share(samples: Tensor, held_out: Tensor) -> Tensor:
@@ -230,6 +233,16 @@ def _product(x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
 
 def _exact(images: Tensor, training: Tensor, numbers: Tensor) -> Tensor:
     return (images.double() - training[numbers].double()).norm(dim=1)
+
+
+def _share(
+    samples: Tensor, held_out: Tensor, statistic: Callable[[Tensor, Tensor], Tensor], protocol: Protocol, seed: int
+) -> Value:
+    """A share with its interval; Wilson's where it is wider: where no sample is near, no resample has one."""
+    share = float(statistic(samples, held_out))
+    low, high = _interval(samples, held_out, statistic, seed)
+    narrow = wilson(round(share * len(samples)), len(samples))
+    return Value(protocol.metric, share, min(low, narrow[0]), max(high, narrow[1]), protocol, AT_LEAST_WILSON)
 
 
 def _interval(

@@ -126,12 +126,22 @@ def _origins(section: Section, stages: Sequence[Mapping[str, Any]]) -> None:
         for side in ("before", "after"):
             origin = stage["origin"][side]
             if origin:
-                facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in flatten(origin).items())
-                lines.append(f"{stage['name']}, {side}: {facts}")
+                lines.append(f"{stage['name']}, {side}: {origin_words(origin)}")
     if lines:
         section.add(element("h3", "Origin and licence"), bullets(lines))
     else:
         section.add(notice("The cascades name no origin and no licence: their weights were trained here."))
+
+
+def origin_words(origin: Mapping[str, Any]) -> str:
+    """ "licence CC0; from stage base of the cascade emoji (weights 388d57f5aefb)"."""
+    own = {key: value for key, value in origin.items() if key != "parents"}
+    parts = [f"{key.replace('_', ' ')} {value}" for key, value in flatten(own).items()]
+    for parent in origin.get("parents") or []:
+        weights = ", ".join(str(sha256)[:12] for sha256 in parent.get("sha256") or [])
+        text = f"from stage {parent.get('stage')} of the cascade {parent.get('cascade')} (weights {weights})"
+        parts.append(f"{text}, {origin_words(parent['origin'])}" if parent.get("origin") else text)
+    return "; ".join(parts)
 
 
 def size(count: int) -> str:

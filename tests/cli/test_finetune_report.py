@@ -1,7 +1,11 @@
 """`finetune-report`: one page of what was learned, forgotten and copied; nothing drawn twice; refusals of one line."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +134,35 @@ def test_nothing_is_drawn_twice(shards, monkeypatch):
     for part in ("new", "old"):
         assert again[part]["differences"] == first[part]["differences"]
     assert lost.is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(shards):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "imagen_lightning",
+        "finetune-report",
+        "before",
+        "after",
+        *FULL,
+        "--batch-size",
+        "5",
+    ]
+    started = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    together = json.loads((shards / "out/page.json").read_text())
+    shutil.rmtree("out")
+    assert run(*FULL, "--batch-size", "5") == 0
+    alone = json.loads((shards / "out/page.json").read_text())
+    for part in ("copying", "grids", "stages", "verdict"):
+        assert together[part] == alone[part]
+    for part in ("new", "old"):
+        assert together[part]["differences"] == alone[part]["differences"]
 
 
 def test_another_comparison_s_folder_is_refused(shards, capsys):

@@ -10,7 +10,7 @@ from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.finetuning.evidence_schema import Evidence, Part
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.finetuning import CELL, build
-from imagen_lightning.report.finetuning_runs import adapter_files, duration, run_cost, size
+from imagen_lightning.report.finetuning_runs import adapter_files, duration, origin_words, run_cost, size
 from imagen_lightning.report.runs import Problems
 
 BAD = "<b>"
@@ -124,6 +124,13 @@ def test_it_reads_in_a_browser(tmp_path, visit):
     page.locator("#new details summary", has_text="Every stage").click()
     assert page.locator("#new table").nth(2).is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_origins_in_words():
+    parent = {"cascade": "emoji", "stage": "base", "sha256": ["388d57f5aefbfb90"], "origin": {"licence": "MIT"}}
+    assert origin_words({"licence": "CC0", "parents": [parent]}) == (
+        "licence CC0; from stage base of the cascade emoji (weights 388d57f5aefb), licence MIT"
+    )
 
 
 def test_sizes_and_durations():
