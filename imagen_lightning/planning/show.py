@@ -68,7 +68,7 @@ def show_plan(plan: Plan, measured: int | None = None) -> str:
     lines += [
         "",
         "work and disk",
-        _row("a step", f"{show_count(plan.flops)}FLOP".replace(" ", "", 0), "forward and backward, all processes"),
+        _row("a step", f"{show_count(plan.flops)}FLOP", "forward and backward, all processes"),
     ]
     if plan.encoder_flops:
         lines.append(_row("its text encoder", f"{show_count(plan.encoder_flops)}FLOP", "of the longest captions"))

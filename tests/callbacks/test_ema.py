@@ -163,3 +163,29 @@ def test_refusals(fit):
         EMA(1.0)
     with pytest.raises(InputError, match="bf16-mixed"):
         fit([EMA()], precision="bf16-true")
+
+
+def test_an_average_in_main_memory_is_the_same(fit, make_base):
+    averages = []
+    for device in (None, "cpu"):
+        stage, _ = fit([EMA(0.5, device)], steps=3, stage=make_base())
+        averages.append([parameter.detach().clone() for parameter in stage.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*averages))
+    with pytest.raises(InputError, match="device 'disk' is unknown"):
+        EMA(device="disk")
+
+
+def test_weights_that_are_not_trained_are_their_own_average(fit, make_base):
+    stage, ema = make_base(), EMA(0.5)
+    stage.network.conv_in.weight.requires_grad_(False)
+    before = stage.network.conv_in.weight.detach().clone()
+
+    class Shared(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            average = ema._average_model.module.network
+            own = pl_module.network
+            assert average.conv_in.weight.data_ptr() == own.conv_in.weight.data_ptr()
+            assert average.conv_out.weight.data_ptr() != own.conv_out.weight.data_ptr()
+
+    fit([ema, Shared()], steps=3, stage=stage)
+    assert torch.equal(stage.network.conv_in.weight, before)
