@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from imagen_lightning.cli.arguments import Parser
 from imagen_lightning.errors import InputError
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str]) -> int:
 
         from imagen_lightning.planning.measure import measure_peak
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        training, _ = read_training(rest, device.type, options.tokens)
-        measured = measure_peak(weights_of(rest, training), device)
+        there: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+        training, _ = read_training(rest, there, options.tokens)
+        measured = measure_peak(weights_of(rest, training), torch.device(there))
     plan = make_plan(training)
     print(show_plan(plan, measured))
     found: dict[str, Any] = {"plan": plan.as_dict(), "measured_peak": measured}

@@ -45,9 +45,10 @@ def encoder_cost(encoder: Any, num_tokens: int) -> EncoderCost | None:
         count = shape.num_parameters
         kept = size * shape.kept_numbers(num_tokens)
         return EncoderCost(encoder.name, count, size * count, shape.flops(num_tokens), kept)
+    name = encoder.name
     if isinstance(encoder, nn.Module):
         parameters = list(encoder.parameters())
         count = sum(parameter.numel() for parameter in parameters)
-        return EncoderCost(encoder.name, count, sum(p.numel() * p.element_size() for p in parameters), known=False)
+        return EncoderCost(name, count, sum(p.numel() * p.element_size() for p in parameters), known=False)
     is_own = type(encoder).__module__.startswith("imagen_lightning.")
-    return EncoderCost(encoder.name, 0, 0, known=is_own)  # TinyTextEncoder has none
+    return EncoderCost(name, 0, 0, known=is_own)  # TinyTextEncoder has none
