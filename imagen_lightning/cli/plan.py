@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def parser() -> Parser:
 def _memory(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)", text)
     if not found:
-        raise InputError(f"memory {text!r} is no amount; write e.g. 24GB (of 10^9 bytes) or 24GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount; write e.g. 24GB (of 10^9 bytes) or 24GiB")
     return round(float(found[1]) * _UNITS[found[2]])
 
 

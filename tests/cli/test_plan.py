@@ -53,10 +53,11 @@ def test_a_stage_of_the_papers_size_is_planned_without_its_memory(capsys, tmp_pa
     assert "google/t5-v1_1-xxl" in text
     assert "4.76 G" in text  # its encoder, known without its files
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
-    assert plan["weights"] == plan["average"] == plan["step"]["gradients"]
+    assert plan["weights"] == plan["average"]
+    assert 0 <= plan["step"]["gradients"] - plan["weights"] < 1e6  # a GPU's allocator rounds them up to 512 bytes each
     assert plan["peak"] > 3 * plan["weights"] + plan["encoder_memory"]
-    head = (8 * 1.582e12) * 4  # a forward pass of one image, computed twice, and a backward pass
-    assert plan["flops"] == pytest.approx(head, rel=0.03)
+    forward = 8 * 1.582e12  # of one image, as the YAML's head has it; a backward pass is two, recomputation one at most
+    assert 3 * forward < plan["flops"] < 4 * forward
     assert torch.get_default_dtype() == before
 
 

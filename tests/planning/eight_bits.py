@@ -13,6 +13,10 @@ class BlockwiseMomentum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 state, count = self.state[parameter], parameter.numel()
@@ -27,6 +31,7 @@ class BlockwiseMomentum(torch.optim.Optimizer):
                 state["scales"] = padded.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
                 state["codes"] = (padded / state["scales"]).round().to(torch.int8)
                 parameter.sub_(group["lr"] * momentum)
+        return loss
 
     def state_bytes(self, sizes):
         return sum(-(-size // self.block) * (self.block + 4) for size in sizes)
