@@ -163,6 +163,8 @@ def short(name: str) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
     return words(value) if not isinstance(value, dict) else words(value.get("class_path", json.dumps(value)))
 
 

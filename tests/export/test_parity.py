@@ -1,5 +1,8 @@
 """Whole sampling runs of imported stages against IFPipeline and IFSuperResolutionPipeline."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, IFPipeline, IFSuperResolutionPipeline
@@ -111,6 +114,58 @@ def test_larger_shapes(capsys, saved, name, solver):
     stage, low_res = compare(capsys, saved, name, solver, 20)
     if not solver:
         check_that_all_counts(stage, low_res)
+
+
+def cosine_tables(scheduler):
+    """A scheduler's tables from its own formula in float64; its float32 ones are off by 1e-7."""
+    bar = [math.cos((step / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(1001)]
+    betas = [min(1 - after / before, 0.999) for before, after in pairwise(bar)]
+    scheduler.betas = torch.tensor(betas, dtype=torch.float64)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    scheduler.one = torch.ones((), dtype=torch.float64)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage I", "stage II"])
+def test_ten_times_the_output_in_float64(capsys, saved, name, float64):
+    """What parts the programs in float32 is rounding: in float64, and a larger epsilon, they agree to 1e-6."""
+    torch.set_default_dtype(torch.float32)
+    pipeline, stage = load(saved(name, gain=0.1), False)
+    states, empty = pipeline.encode_prompt(PROMPTS, clean_caption=False)
+    torch.set_default_dtype(float64)
+    low_res = images(stage.low_res_size) if name.endswith("II") else None
+    pipeline.text_encoder = pipeline.tokenizer = None  # it would ask for states of its own type
+    pipeline.unet.to(float64)
+    cosine_tables(pipeline.scheduler)
+    given = {}
+    if low_res is not None:
+        cosine_tables(pipeline.image_noising_scheduler)
+        level = pipeline.unet.class_embedding  # is given its features in float32
+        level.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(float64), *inputs[1:]))
+        given = {"image": low_res, "noise_level": 250}
+    guidance = stage.sampling.guidance
+    expected = pipeline(
+        prompt_embeds=states.to(float64),
+        negative_prompt_embeds=empty.to(float64),
+        num_inference_steps=20,
+        guidance_scale=guidance,
+        generator=generators(),
+        output_type="pt",
+        **given,
+    ).images
+    difference = moved(ours(stage.to(float64), 20, guidance, low_res=low_res), expected)
+    with capsys.disabled():
+        print(f"\n{name}, float64, output scaled to 0.1, 20 steps, guidance {guidance:g}: {difference:.1e}")
+    assert expected.dtype == float64
+    assert difference <= 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:.*captions so far were cut")
