@@ -37,7 +37,12 @@ def test_from_images_to_the_result(cascades):
     command = [sys.executable, "-m", "imagen_lightning", *COMMAND]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     ) as run:
         line = next(line for line in run.stdout if "http://" in line)
         url = re.search(r"http://\S+/", line)[0]
