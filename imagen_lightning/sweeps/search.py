@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ SURPLUS = "surplus"  # the trial's attribute, of a number beyond the sweep's tha
 QUANTILE = " (quantile)"  # a normal parameter is searched by its quantile, and the study shows that
 _EDGE = 1e-6
 BAYES = ("tpe", "gp")
+_BEING_MADE = ("already exists", "no such table", "UNIQUE constraint", "is locked")
 
 
 def searched(sweep: SweepFile) -> list[Parameter]:
@@ -271,11 +273,16 @@ def storage_of(address: str) -> optuna.storages.BaseStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     options = {"connect_args": {"timeout": 60}} if address.startswith("sqlite:") else {"pool_pre_ping": True}
-    try:
-        return optuna.storages.RDBStorage(address, engine_kwargs=options)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        words = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise InputError(f"--study {address!r} cannot be opened: {words}") from None
+    waits = [0.2, 0.4, 0.8, 1.6]
+    while True:
+        try:
+            return optuna.storages.RDBStorage(address, engine_kwargs=options)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            words = " ".join(str(getattr(error, "orig", None) or error).split())
+            # Another sweep may be making the tables in this moment; they are whole a moment later.
+            if not waits or not any(text in words for text in _BEING_MADE):
+                raise InputError(f"--study {address!r} cannot be opened: {words}") from None
+        time.sleep(waits.pop(0))
 
 
 def open_study(sweep: SweepFile, address: str, bayes: str = "tpe", seed: int = 0) -> Study:

@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import optuna
@@ -159,3 +161,21 @@ def test_it_stops_what_wandb_stops():
             rule = Hyperband(bands, float(eta), early.get("strict", True))
             signed = [[-v if goal == "maximize" else v for v in history] for history in histories]
             assert {str(n) for n, history in enumerate(signed) if stops(rule, history, signed)} == theirs
+
+
+def test_processes_that_make_a_study_at_once(tmp_path):
+    """Each opens the database in the same moment, when none has made its tables."""
+    program = (
+        "import sys; from imagen_lightning.sweeps.search import storage_of; print('ready', flush=True);"
+        "sys.stdin.readline(); storage_of(sys.argv[1]).get_all_studies()"
+    )
+    command = [sys.executable, "-c", program, f"sqlite:///{tmp_path / 'study.db'}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
