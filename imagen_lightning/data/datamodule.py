@@ -16,7 +16,7 @@ from imagen_lightning.data.decode import decode_text_states
 from imagen_lightning.data.filters import Filter, FilterCounts, select_rows
 from imagen_lightning.data.index import cache_folder
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
-from imagen_lightning.data.positioned import PositionedDataModule, judge_skips, list_skips, tell_skips
+from imagen_lightning.data.positioned import VALIDATION_SEED, PositionedDataModule
 from imagen_lightning.data.resume import shards_hash
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
@@ -25,8 +25,6 @@ from imagen_lightning.data.text_states import TextStates, check_stage, open_text
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
-
-VALIDATION_SEED = 0  # validation data are the same whatever a run's seed, so that runs of several seeds compare
 
 
 class ShapesDataModule(PositionedDataModule):
@@ -194,7 +192,7 @@ class LaionDataModule(PositionedDataModule):
         decode: Literal["fast", "exact"] = "fast",
         bucket_step: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(max_skip_share)
         if crop not in ("center", "random", "bucket"):
             raise InputError(f"crop {crop!r} is unknown; give 'center', 'random' or 'bucket'")
         if decode not in ("fast", "exact"):
@@ -225,8 +223,6 @@ class LaionDataModule(PositionedDataModule):
         self._sizes = bucket_sizes(image_size, bucket_step) if crop == "bucket" else []
         self.filter_counts: dict[str, FilterCounts] = {}
         self._filter = Filter.of(filter)
-        self.train_skips = SkipLog(max_skip_share)
-        self.val_skips = SkipLog(max_skip_share)
         self._training_set: ShardDataset | None = None
         self._validation_set: ShardDataset | None = None
 
@@ -239,13 +235,7 @@ class LaionDataModule(PositionedDataModule):
         if self.trainer is not None:
             sets = [item for item in (self._training_set, self._validation_set) if item is not None]
             check_stage(self.trainer.lightning_module, [(item.text_states, item.text) for item in sets])
-        list_skips(self.trainer, self.train_skips, self.val_skips)
-
-    def teardown(self, stage: str) -> None:
-        tell_skips(self.train_skips, self.val_skips)
-
-    def on_exception(self, exception: BaseException) -> None:
-        tell_skips(self.train_skips, self.val_skips)
+        self.list_skips()
 
     def order(self) -> dict[str, Any]:
         dataset = self.training_set()
@@ -312,10 +302,6 @@ class LaionDataModule(PositionedDataModule):
 
     def val_dataloader(self) -> Any:
         return [] if self.val is None else super().val_dataloader()
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        judge_skips(self.trainer, batch, self.batch_size, self.train_skips, self.val_skips)
-        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def _open(
         self, split: str, patterns: str | Path | list[str], skips: SkipLog

@@ -14,8 +14,7 @@ from imagen_lightning.data.class_images import check_parent, find_class_images
 from imagen_lightning.data.dataset import Sample
 from imagen_lightning.data.folder_datamodule import FolderDataModule
 from imagen_lightning.data.mixture import PriorMixture, exact_share
-from imagen_lightning.data.positioned import PositionedDataModule, judge_skips, list_skips, tell_skips
-from imagen_lightning.data.skips import SkipLog
+from imagen_lightning.data.positioned import PositionedDataModule
 from imagen_lightning.types import InputError
 
 
@@ -53,7 +52,7 @@ class DreamBoothDataModule(PositionedDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(getattr(instance, "max_skip_share", 0.05))
         if not (math.isfinite(prior_weight) and prior_weight >= 0):
             raise InputError(f"prior_weight {prior_weight} must be a number of at least 0")
         self.instance = instance
@@ -63,8 +62,6 @@ class DreamBoothDataModule(PositionedDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.train_skips = SkipLog(getattr(instance, "max_skip_share", 0.05))
-        self.val_skips = SkipLog(self.train_skips.max_share)
         self._share = exact_share(share)
         self._mixture: PriorMixture | None = None
         self._prior: PositionedDataModule | None = None
@@ -101,13 +98,7 @@ class DreamBoothDataModule(PositionedDataModule):
             if self.trainer is not None and not isinstance(self.class_images, PositionedDataModule):
                 origin = getattr(self.trainer.lightning_module, "origin", None)
                 check_parent(Path(self.class_images).expanduser(), origin)
-        list_skips(self.trainer, self.train_skips, self.val_skips)
-
-    def teardown(self, stage: str) -> None:
-        tell_skips(self.train_skips, self.val_skips)
-
-    def on_exception(self, exception: BaseException) -> None:
-        tell_skips(self.train_skips, self.val_skips)
+        self.list_skips()
 
     def order(self) -> dict[str, Any]:
         parts = {"instance": self.instance.order(), "class images": self.prior.order()}
@@ -127,10 +118,6 @@ class DreamBoothDataModule(PositionedDataModule):
 
     def captions(self) -> list[str]:
         return list(dict.fromkeys([*self.instance.captions(), *self.training_set().captions()]))
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        judge_skips(self.trainer, batch, self.batch_size, self.train_skips, self.val_skips)
-        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     @property
     def _validates(self) -> bool:

@@ -10,8 +10,7 @@ from typing import Any, Literal
 from imagen_lightning.data.dataset import Decoder
 from imagen_lightning.data.folder import PictureDataset, Pictures
 from imagen_lightning.data.order import SampleOrder
-from imagen_lightning.data.positioned import PositionedDataModule, judge_skips, list_skips, tell_skips
-from imagen_lightning.data.skips import SkipLog
+from imagen_lightning.data.positioned import VALIDATION_SEED, PositionedDataModule
 from imagen_lightning.types import InputError
 
 
@@ -53,7 +52,7 @@ class FolderDataModule(PositionedDataModule):
         allow_upscale: bool = False,
         max_skip_share: float = 0.05,
     ) -> None:
-        super().__init__()
+        super().__init__(max_skip_share)
         if image_size < 1:
             raise InputError(f"image_size {image_size} must be at least 1")
         if crop not in ("center", "random"):
@@ -71,8 +70,6 @@ class FolderDataModule(PositionedDataModule):
         self.random_flip = random_flip
         self.allow_upscale = allow_upscale
         self.max_skip_share = max_skip_share
-        self.train_skips = SkipLog(max_skip_share)
-        self.val_skips = SkipLog(max_skip_share)
         self._training_set: PictureDataset | None = None
         self._validation_set: PictureDataset | None = None
 
@@ -82,13 +79,7 @@ class FolderDataModule(PositionedDataModule):
             self.training_set()
         if self.val is not None and stage in ("fit", "validate"):
             self.validation_set()
-        list_skips(self.trainer, self.train_skips, self.val_skips)
-
-    def teardown(self, stage: str) -> None:
-        tell_skips(self.train_skips, self.val_skips)
-
-    def on_exception(self, exception: BaseException) -> None:
-        tell_skips(self.train_skips, self.val_skips)
+        self.list_skips()
 
     def order(self) -> dict[str, Any]:
         pictures = self.training_set().pictures
@@ -108,12 +99,8 @@ class FolderDataModule(PositionedDataModule):
             raise InputError("this data has no validation images; give val=")
         if self._validation_set is None:
             decode = Decoder(self.image_size, allow_upscale=self.allow_upscale, exact=True)
-            self._validation_set = PictureDataset(Pictures(Path(self.val).expanduser()), None, decode, self.seed)
+            self._validation_set = PictureDataset(Pictures(Path(self.val).expanduser()), None, decode, VALIDATION_SEED)
         return self._validation_set
 
     def val_dataloader(self) -> Any:
         return [] if self.val is None else super().val_dataloader()
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        judge_skips(self.trainer, batch, self.batch_size, self.train_skips, self.val_skips)
-        return super().on_before_batch_transfer(batch, dataloader_idx)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from imagen_lightning.data.captions import captions_of
@@ -22,47 +22,14 @@ from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
+VALIDATION_SEED = 0  # validation data are the same whatever a run's seed, so that runs of several seeds compare
+
 
 def leave_signals_to_parent(worker: int) -> None:
     """A signal to all processes is the parent's to act on, which may need further batches to finish its step."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def list_skips(trainer: Trainer | None, train: SkipLog, val: SkipLog) -> None:
-    """Has skips listed in `skipped.jsonl` in the trainer's root folder, where one was set."""
-    if trainer is not None and Path(trainer.default_root_dir).resolve() != Path.cwd():
-        for skips in (train, val):
-            skips.list_in(Path(trainer.default_root_dir) / "skipped.jsonl", past=trainer.is_global_zero)
-
-
-def tell_skips(train: SkipLog, val: SkipLog) -> None:
-    """Says how many samples were skipped, and why, at an end."""
-    for name, skips in (("training", train), ("validation", val)):
-        if skips.counts:
-            log.warning("%s: %s", name, skips.summary())
-
-
-def judge_skips(trainer: Trainer | None, batch: Any, batch_size: int, train: SkipLog, val: SkipLog) -> None:
-    """Counts what a batch left out.
-
-    Args:
-        trainer: whose batch it is.
-        batch: of training or validation.
-        batch_size: samples of a training batch over all processes.
-        train, val: where skips are counted.
-
-    Raises:
-        InputError: too many are left out, or so many that the batch is not whole.
-    """
-    if trainer is None or not isinstance(batch, LoadedBatch):
-        return
-    skips = train if trainer.training else val
-    skips.record(len(batch), batch.skips)
-    whole = batch_size // trainer.world_size if trainer.training else 1
-    if len(batch) < whole:
-        raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
 
 
 class PositionedDataModule(LightningDataModule):
@@ -75,7 +42,13 @@ class PositionedDataModule(LightningDataModule):
     Subclasses give `training_set()` and `validation_set()`, map-style datasets from position to `Sample`; the
     validation set has a length. `order` says what decides which sample a position means; a checkpoint of another order
     is refused, or met with a warning where `on_change` is "warn". They keep `batch_size` (samples of one batch over all
-    processes), `num_workers` (a process) and `seed`.
+    processes), `num_workers` (a process) and `seed`, and call `list_skips` at the end of their `setup`.
+
+    Args:
+        max_skip_share: the run stops where more of its last 10,000 samples were skipped.
+
+    Attributes:
+        train_skips, val_skips: the samples that could not be used.
     """
 
     batch_size: int
@@ -83,8 +56,10 @@ class PositionedDataModule(LightningDataModule):
     seed: int
     on_change: OnChange = "refuse"
 
-    def __init__(self) -> None:
+    def __init__(self, max_skip_share: float = 0.05) -> None:
         super().__init__()
+        self.train_skips = SkipLog(max_skip_share)
+        self.val_skips = SkipLog(max_skip_share)
         self._stepped = 0  # the position after the last batch whose optimizer step was taken
         self._handed = 0  # the position after the last batch handed to the stage
         self._step = 0  # the trainer's global step when that batch was handed out
@@ -92,6 +67,40 @@ class PositionedDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
             self._stepped = self._handed = self._step = 0  # a new run; a checkpoint's position is loaded after this
+
+    def teardown(self, stage: str) -> None:
+        self.tell_skips()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.tell_skips()
+
+    def list_skips(self) -> None:
+        """Has skips listed in `skipped.jsonl` in the trainer's root folder, where one was set."""
+        trainer = self.trainer
+        if trainer is not None and Path(trainer.default_root_dir).resolve() != Path.cwd():
+            for skips in (self.train_skips, self.val_skips):
+                skips.list_in(Path(trainer.default_root_dir) / "skipped.jsonl", past=trainer.is_global_zero)
+
+    def tell_skips(self) -> None:
+        """Says how many samples were skipped, and why, at an end."""
+        for name, skips in (("training", self.train_skips), ("validation", self.val_skips)):
+            if skips.counts:
+                log.warning("%s: %s", name, skips.summary())
+
+    def judge_skips(self, batch: Any) -> None:
+        """Counts what a batch of the trainer's left out.
+
+        Raises:
+            InputError: too many are left out, or so many that the batch is not whole.
+        """
+        trainer = self.trainer
+        if trainer is None or not isinstance(batch, LoadedBatch):
+            return
+        skips = self.train_skips if trainer.training else self.val_skips
+        skips.record(len(batch), batch.skips)
+        whole = self.batch_size // trainer.world_size if trainer.training else 1
+        if len(batch) < whole:
+            raise InputError(skips.complaint(len(batch.skips), len(batch.skips) + len(batch), batch.skips))
 
     def training_set(self) -> Dataset[Sample]:
         raise NotImplementedError
@@ -138,6 +147,7 @@ class PositionedDataModule(LightningDataModule):
         return self._loader(dataset, PositionBatchSampler(0, self.batch_size, rank, world_size, stop=len(dataset)))  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.judge_skips(batch)
         trainer = self.trainer
         if trainer is not None and trainer.training:
             self._stepped, self._step = self.position, trainer.global_step

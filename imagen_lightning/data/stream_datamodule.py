@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from imagen_lightning.data.datamodule import LaionDataModule
-from imagen_lightning.data.dataset import Decoder, LoadedBatch, ShardDataset
+from imagen_lightning.data.dataset import Decoder, ShardDataset
 from imagen_lightning.data.filters import Filter, FilterCounts
-from imagen_lightning.data.positioned import PositionedDataModule, leave_signals_to_parent, list_skips, tell_skips
-from imagen_lightning.data.skips import SkipLog
+from imagen_lightning.data.positioned import PositionedDataModule, leave_signals_to_parent
 from imagen_lightning.data.stream import ShardStream, StreamBatch, collate_stream, stream_addresses
 from imagen_lightning.data.text_states import check_stage
 from imagen_lightning.types import InputError
@@ -77,7 +76,7 @@ class StreamingLaionDataModule(PositionedDataModule):
         max_skip_share: float = 0.05,
         num_val: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(max_skip_share)
         if crop not in ("center", "random"):
             raise InputError(f"crop {crop!r} is unknown; give 'center' or 'random'")
         if decode not in ("fast", "exact"):
@@ -116,7 +115,6 @@ class StreamingLaionDataModule(PositionedDataModule):
             num_val=num_val,
             filter=filter,
         )
-        self.train_skips = SkipLog(max_skip_share)
         self.val_skips = self._indexed.val_skips
         self.filter_counts: dict[str, FilterCounts] = self._indexed.filter_counts
 
@@ -128,7 +126,7 @@ class StreamingLaionDataModule(PositionedDataModule):
         self._indexed.trainer = self.trainer
         if self.val is not None and stage in ("fit", "validate"):
             self.validation_set()
-        list_skips(self.trainer, self.train_skips, self.val_skips)
+        self.list_skips()
         if stage != "fit":
             return
         self.training_set()
@@ -142,14 +140,8 @@ class StreamingLaionDataModule(PositionedDataModule):
                 "next sample; resume is exact with LaionDataModule, which reads indexed shards"
             )
 
-    def teardown(self, stage: str) -> None:
-        self._tell()
-
-    def on_exception(self, exception: BaseException) -> None:
-        self._tell()
-
-    def _tell(self) -> None:
-        tell_skips(self.train_skips, self.val_skips)
+    def tell_skips(self) -> None:
+        super().tell_skips()
         if "train" in self.filter_counts and self.filter_counts["train"].num_samples:
             log.warning("train: filter: %s", self.filter_counts["train"])
 
@@ -197,16 +189,18 @@ class StreamingLaionDataModule(PositionedDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, StreamBatch) and self.trainer is not None:
-            if self._filter is not None:
-                self.filter_counts["train"].add(batch.filter_counts)
-            self.train_skips.record(len(batch), batch.skips)
-            if len(batch) < self._share():
-                self._complain(batch)
             rank, _ = self._process()
             batch.positions = self._handed + self._share() * rank + torch.arange(len(batch))
-        elif isinstance(batch, LoadedBatch):
-            self.val_skips.record(len(batch), batch.skips)
         return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def judge_skips(self, batch: Any) -> None:
+        if isinstance(batch, StreamBatch) and self.trainer is not None:
+            if self._filter is not None:
+                self.filter_counts["train"].add(batch.filter_counts)
+            if len(batch) < self._share():
+                self.train_skips.record(len(batch), batch.skips)
+                self._complain(batch)
+        super().judge_skips(batch)
 
     def _complain(self, batch: StreamBatch) -> NoReturn:
         """Ends a run for which the stream gives too little."""

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from fitting import train
+from lightning.pytorch import LightningModule
 from PIL import Image
 
 from imagen_lightning.data.buckets import bucket_sizes, merge_small, nearest_buckets, read_sizes
@@ -206,22 +206,9 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data, folder, steps, resume=None, every=None):
+def fit(data, folder, steps, resume=None, **settings):
     module = Recorder()
-    callbacks = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)] if every else []
-    trainer = Trainer(
-        max_steps=steps,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=bool(every),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    train(module, data, folder, steps, resume, **settings)
     return module
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fitting import train
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from imagen_lightning.components import describe_args
@@ -44,21 +44,9 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data, folder, steps, resume=None, every=None, **settings):
+def fit(data, folder, steps, resume=None, **settings):
     module = Recorder()
-    callbacks = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)] if every else []
-    trainer = Trainer(
-        **{"max_steps": steps, "limit_val_batches": 0, **settings},
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=bool(every),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    trainer = train(module, data, folder, steps, resume, **settings)
     return module, trainer
 
 

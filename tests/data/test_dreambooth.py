@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import train
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -72,21 +72,9 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data, folder, steps, resume=None, every=None, **settings):
+def fit(data, folder, steps, resume=None, **settings):
     module = Recorder()
-    callbacks = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)] if every else []
-    trainer = Trainer(
-        **{"max_steps": steps, "limit_val_batches": 0, **settings},
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=bool(every),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    train(module, data, folder, steps, resume, **settings)
     return module
 
 
@@ -398,3 +386,13 @@ def test_they_are_components(folders):
     described = describe_args(DreamBoothDataModule(FolderDataModule("images"), "class"))
     assert described["instance"]["init_args"]["train"] == "images"
     assert described["share"] == 0.5
+
+
+def test_a_folders_validation_does_not_depend_on_the_seed(tmp_path):
+    folder = write_folder(tmp_path / "val", range(20), lambda n: f"number {n}\n{n}\nno {n}")
+    first, second = (
+        next(iter(FolderDataModule(folder, folder, image_size=8, batch_size=20, seed=seed).val_dataloader()))
+        for seed in (0, 1)
+    )
+    assert first.captions == second.captions
+    assert torch.equal(first.images, second.images)
