@@ -54,6 +54,36 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def begin_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> None:
+    """Makes OUT and notes in OUT/NAME what it is to hold, or checks that it was begun for the very same.
+
+    Args:
+        out: the folder.
+        name: of the note, JSON.
+        plan: what is asked for, plain data; what else an earlier note says does not count.
+        what: the folder holds, for messages: "evaluation".
+
+    Raises:
+        InputError: it holds something else; the message names what differs.
+    """
+    path, wanted = out / name, json.loads(json.dumps(plain(plan)))  # as it is read back
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {str(out)!r} is not empty and holds no {what}; give another folder")
+        write_json(path, wanted)
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path} cannot be read; give another --out, or delete {out}") from None
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"--out {str(out)!r} holds another {what}: its {key} is {found.get(key)!r}, this one's {value!r}; give "
+                "another folder"
+            )
+
+
 def plain(value: Any) -> Any:
     """Mappings, lists and tuples as JSON has them, with "nan", "inf" and "-inf" for the numbers that it lacks."""
     if isinstance(value, Mapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,26 +88,11 @@ def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
 def _begin(out: Path, plan: dict[str, Any], start: bool) -> None:
     """Makes `out`, or checks that it holds this very comparison."""
     from imagen_lightning.evaluation.compare import PLAN
-    from imagen_lightning.files import write_json
+    from imagen_lightning.files import begin_folder
 
-    path = out / PLAN
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path} cannot be read; give another --out") from None
-        for key, value in plan.items():
-            if found.get(key) != value:
-                raise InputError(
-                    f"--out {str(out)!r} holds another comparison: its {key} is {found.get(key)!r}, this one's "
-                    f"{value!r}; give another folder"
-                )
-    elif not start:
+    if not start and not (out / PLAN).exists():
         raise InputError(f"--out {str(out)!r} holds no comparison yet; run without --result first")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {str(out)!r} is not empty and holds no comparison; give another folder")
-    else:
-        write_json(path, plan)
+    begin_folder(out, PLAN, plan, "comparison")
 
 
 def _load(arguments: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class StageCLI(LightningCLI):
     # ---- before anything is made
 
     def before_instantiate_classes(self) -> None:
-        _refuse_second_class(self.settings.as_dict())
+        refuse_second_class(self.settings.as_dict())
         if self.subcommand == "fit":
             if not self.settings.run:
                 raise InputError("fit needs a run folder: --run runs/NAME, or `run:` in the YAML")
@@ -303,16 +303,16 @@ def _check_seed(path: Path | str, checkpoint: dict[str, Any], stage: torch.nn.Mo
         )
 
 
-def _refuse_second_class(config: Any) -> None:
+def refuse_second_class(config: Any) -> None:
     if isinstance(config, dict):
         path = config.get("class_path")
         if isinstance(path, str) and path.split(".")[0] in ("callbacks", "experiments"):
             raise InputError(f"class_path {path!r} would be a second class; write imagen_lightning.{path}")
         for value in config.values():
-            _refuse_second_class(value)
+            refuse_second_class(value)
     elif isinstance(config, list):
         for value in config:
-            _refuse_second_class(value)
+            refuse_second_class(value)
 
 
 _NO_NEWS = ("💡 Tip", "`Trainer.fit` stopped: `max_steps=", "GPU available: ", "TPU available: ", "Seed set to ")
@@ -322,7 +322,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in _NO_NEWS)  # with several processes the rank stands before
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silences advertisements, what is said elsewhere too, and warnings that are Lightning's to mend or mistaken."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
@@ -335,7 +335,7 @@ def _quieten() -> None:
 
 def main(argv: Sequence[str]) -> int:
     verb, arguments = argv[0], prepare(argv[0], argv[1:])
-    _quieten()
+    quieten()
     torch.set_float32_matmul_precision("high")
     sys.argv[1:] = [verb, *arguments]  # where LightningCLI reads them, and the processes that it starts
     try:

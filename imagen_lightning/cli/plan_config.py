@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from imagen_lightning.cascade.weights import shapes_only
 from imagen_lightning.cli import fit
+from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.errors import InputError
 from imagen_lightning.planning import Training, find_precision, weightless
 from imagen_lightning.planning.advice import (
@@ -31,7 +32,7 @@ class _Parts(fit.StageCLI):
     def before_instantiate_classes(self) -> None:
         self.settings.run = self.settings.run or "runs/plan"
         self.settings.ckpt_path = None
-        fit._refuse_second_class(self.settings.as_dict())
+        fit.refuse_second_class(self.settings.as_dict())
 
     def after_instantiate_classes(self) -> None:
         pass
@@ -132,8 +133,8 @@ def levers(training: Training, config: Config) -> list[list[Change]]:
 
 
 def _parts(arguments: Sequence[str], empty: bool) -> _Parts:
-    fit._quieten()
-    sys.argv[1:] = ["fit", *fit.prepare("plan", arguments)]  # where LightningCLI reads them
+    fit.quieten()
+    sys.argv[1:] = ["fit", *prepare("plan", arguments)]  # where LightningCLI reads them
     with ExitStack() as stack:
         if empty:
             stack.enter_context(weightless())

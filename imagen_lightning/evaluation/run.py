@@ -33,7 +33,7 @@ from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.prompts import read_prompts
 from imagen_lightning.evaluation.schema import Evaluation, Row, save
 from imagen_lightning.evaluation.words import cell, settings_of, sweep_verdict, table
-from imagen_lightning.files import unwritable, write_json, write_text
+from imagen_lightning.files import begin_folder, unwritable, write_text
 from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
@@ -225,24 +225,7 @@ def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> N
         InputError: it holds something else; the message names what differs.
     """
     plan = {key: value for key, value in asdict(request).items() if key not in _FREE}
-    plan = json.loads(json.dumps(plan | {"cascade_sha256": identity, "data_sha256": data.sha256}))
-    path = out / PLAN
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path} cannot be read; give another --out, or delete {out}") from None
-        for key in plan:
-            if found.get(key) != plan[key]:
-                raise InputError(
-                    f"--out {str(out)!r} holds another evaluation: its {key} is {found.get(key)!r}, this one's "
-                    f"{plan[key]!r}; give another folder"
-                )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {str(out)!r} is not empty and holds no evaluation; give another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan)
+    begin_folder(out, PLAN, plan | {"cascade_sha256": identity, "data_sha256": data.sha256}, "evaluation")
 
 
 def draw_chains(drawing: Drawing, wanted: Sequence[Chain]) -> None:

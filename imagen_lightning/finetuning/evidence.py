@@ -8,7 +8,6 @@ processes share the drawing, and the first one measures.
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from imagen_lightning.evaluation.measures import Measurer
 from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.run import PLAN, make_measurer
 from imagen_lightning.evaluation.run import Request as EvaluationRequest
-from imagen_lightning.files import unwritable, write_json
+from imagen_lightning.files import begin_folder, unwritable
 from imagen_lightning.finetuning.evidence_copies import Group, find_copies
 from imagen_lightning.finetuning.evidence_data import NEW, OLD, OWN, TRAINED, EvidenceRequest, Sets, load_sets
 from imagen_lightning.finetuning.evidence_differences import differences
@@ -153,23 +152,7 @@ def _begin(out: Path, request: EvidenceRequest, sets: Sets) -> None:
     plan |= {f"{name}_sha256": data.sha256 for name, data in sets.drawn(True).items()}
     if sets.training is not None:
         plan["training_sha256"] = sets.training.sha256
-    plan = json.loads(json.dumps(plan))
-    path = out / PLAN
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{str(out)!r} is not empty and holds no comparison; give another --out")
-        write_json(path, plan)
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} cannot be read; give another --out, or delete {out}") from None
-    for key in {**plan, **found}:
-        if found.get(key) != plan.get(key):
-            raise InputError(
-                f"{str(out)!r} holds another comparison: its {key} is {found.get(key)!r}, this one's "
-                f"{plan.get(key)!r}; give another --out"
-            )
+    begin_folder(out, PLAN, plan, "comparison")
 
 
 def _part(name: str, data: EvaluationSet, sides: list[Side], measurer: Measurer) -> Part:

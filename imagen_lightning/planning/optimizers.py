@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,10 @@ def optimizer_memory(stage: Any, device: Device) -> OptimizerMemory:
     trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     try:
         return _on_meta(stage, trained, device)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return _by_a_real_step(stage.optimization.optimizer, trained)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        # As compiled kernels are, of no use without memory. Which error it was is said beside the figure.
+        made = _by_a_real_step(stage.optimization.optimizer, trained)
+        return replace(made, how=f"{made.how}, as it fails on the meta device: {type(error).__name__}")
     finally:
         for parameter in trained:
             parameter.grad = None

@@ -2,15 +2,14 @@
 
 import gc
 import io
-import shutil
 import tarfile
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
+from tiny_t5 import needs_tokenizer, save_tiny_t5
 
 from imagen_lightning.callbacks import EMA, EncodeOnce, SampleGrid
 from imagen_lightning.components import build
@@ -24,26 +23,14 @@ from imagen_lightning.stages import BaseStage, Sampling, TextSettings
 from imagen_lightning.text import T5TextEncoder, TinyTextEncoder
 from imagen_lightning.types import InputError
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
 PROMPT = "a zebra in no caption of the data"
-
-needs_tokenizer = pytest.mark.skipif(
-    not TOKENIZER.is_dir(), reason="the published T5 v1.1 tokenizer files do not lie beside the repository"
-)
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    import transformers
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny-t5"
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(**sizes, vocab_size=32128, feed_forward_proj="gated-gelu")
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    for file in TOKENIZER.iterdir():
-        shutil.copy(file, folder)
-    return folder
+    return save_tiny_t5(
+        tmp_path_factory.mktemp("models") / "tiny-t5", d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2
+    )
 
 
 @pytest.fixture(scope="module")

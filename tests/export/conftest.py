@@ -12,48 +12,11 @@ from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet
 from diffusers.models.attention_processor import AttnAddedKVProcessor
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from if_shapes import COMMON, FIXTURES, blocks  # isort: skip
+
 TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
-PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-TEXT = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
-
-
-def blocks(plain, text):
-    return {
-        "down_block_types": [PLAIN[0]] * plain + [TEXT[0]] * text,
-        "up_block_types": [TEXT[1]] * text + [PLAIN[1]] * plain,
-    }
-
-
-COMMON = {
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "addition_embed_type": "text",
-    "cross_attention_norm": "group_norm",
-    "resnet_time_scale_shift": "scale_shift",
-    "act_fn": "gelu",
-    "out_channels": 6,
-}
-# What diffusers' own tests of the pipelines use.
-FIXTURE = {
-    **COMMON,
-    **blocks(1, 1),
-    "sample_size": 32,
-    "block_out_channels": [32, 64],
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": 32,
-    "attention_head_dim": 8,
-    "addition_embed_type_num_heads": 2,
-}
 UNETS = {
-    "stage I": {**FIXTURE, "layers_per_block": 1, "in_channels": 3},
-    "stage II": {
-        **FIXTURE,
-        "layers_per_block": [1, 2],
-        "in_channels": 6,
-        "class_embed_type": "timestep",
-        "mid_block_scale_factor": 1.414,
-        "time_embedding_act_fn": "gelu",
-        "time_embedding_dim": 32,
-    },
+    **FIXTURES,
     "larger stage I": {
         **COMMON,
         **blocks(1, 3),

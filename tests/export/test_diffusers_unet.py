@@ -6,54 +6,16 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor
+from if_shapes import COMMON, FIXTURES, TEXT, blocks
 
 from imagen_lightning.components import build, describe, describe_args
 from imagen_lightning.export.diffusers_unet import from_diffusers, names, to_diffusers, unet_arguments, unet_config
 from imagen_lightning.networks import UNet
 from imagen_lightning.types import Conditioning, InputError, Text
 
-PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-TEXT = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
-
-
-def blocks(plain, text):
-    """The block types of a U-Net whose first levels do not attend to text."""
-    return {
-        "down_block_types": [PLAIN[0]] * plain + [TEXT[0]] * text,
-        "up_block_types": [TEXT[1]] * text + [PLAIN[1]] * plain,
-    }
-
-
-COMMON = {
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "addition_embed_type": "text",
-    "cross_attention_norm": "group_norm",
-    "resnet_time_scale_shift": "scale_shift",
-    "act_fn": "gelu",
-    "out_channels": 6,
-}
-# What diffusers' own tests of the IF pipelines use.
-TINY = {
-    **COMMON,
-    **blocks(1, 1),
-    "sample_size": 32,
-    "block_out_channels": [32, 64],
-    "cross_attention_dim": 32,
-    "encoder_hid_dim": 32,
-    "attention_head_dim": 8,
-    "addition_embed_type_num_heads": 2,
-}
 CONFIGS = {
-    "tiny stage I": {**TINY, "layers_per_block": 1, "in_channels": 3},
-    "tiny stage II": {
-        **TINY,
-        "layers_per_block": [1, 2],
-        "in_channels": 6,
-        "class_embed_type": "timestep",
-        "mid_block_scale_factor": 1.414,
-        "time_embedding_act_fn": "gelu",
-        "time_embedding_dim": 32,
-    },
+    "tiny stage I": FIXTURES["stage I"],
+    "tiny stage II": FIXTURES["stage II"],
     "as IF-I": {
         **COMMON,
         **blocks(1, 3),

@@ -3,37 +3,24 @@
 import copy
 import gc
 import logging
-import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_t5 import needs_tokenizer, save_tiny_t5
 
 from imagen_lightning.text import T5TextEncoder, TinyTextEncoder
 from imagen_lightning.text.kept import KeptStates
 from imagen_lightning.types import InputError
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
 CAPTIONS = ["a small red star above a large blue circle on a white background", "a cat", "", "two dogs"]
-
-needs_tokenizer = pytest.mark.skipif(
-    not TOKENIZER.is_dir(), reason="the published T5 v1.1 tokenizer files do not lie beside the repository"
-)
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    import transformers
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny-t5"
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(**sizes, vocab_size=32128, feed_forward_proj="gated-gelu")
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    for file in TOKENIZER.iterdir():
-        shutil.copy(file, folder)
-    return folder
+    return save_tiny_t5(
+        tmp_path_factory.mktemp("models") / "tiny-t5", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    )
 
 
 def same(first, second):
