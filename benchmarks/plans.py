@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from imagen_lightning.cascade.description import without_weights
 from imagen_lightning.cli.plan_config import read_training
 from imagen_lightning.diffusion import DiscreteSchedule, Epsilon, LearnedRange
 from imagen_lightning.networks import LoRA, UNet
-from imagen_lightning.planning import Plan, Training, find_precision, make_plan, weightless
+from imagen_lightning.planning import Plan, Training, find_precision, make_plan
 from imagen_lightning.planning.show import show_bytes, show_count
 from imagen_lightning.stages import BaseStage, Diffusion, Optimization, SuperResolutionStage, TextSettings
 from imagen_lightning.text import T5TextEncoder
@@ -76,7 +77,7 @@ def if_training(arguments: dict[str, Any], adapted: bool, batch_size: int) -> Tr
     )
     diffusion = Diffusion(DiscreteSchedule("squaredcos_cap_v2"), Epsilon(), variance=LearnedRange())
     optimization = Optimization(functools.partial(torch.optim.AdamW, lr=1e-4))
-    with weightless():
+    with without_weights():
         network = UNet(**arguments)
         if adapted:
             network.to(torch.bfloat16)

@@ -24,7 +24,7 @@ class EncodeOnce(pl.Callback):
 
     Before the first step the captions of training and validation, the empty one, and the prompts of other callbacks are
     encoded on the device that the stage will train on, before the stage is there. Their states stay in main memory, in
-    the encoder's precision, and take the encoder's place in training, validation and callbacks; a caption that nobody
+    float32, and take the encoder's place in training, validation and callbacks; a caption that nobody
     named has the encoder loaded again and freed. Checkpoints and what is trained are the same. Where the data gives
     stored text states, the prompts alone are encoded. Each process encodes for itself.
 
@@ -50,7 +50,7 @@ class EncodeOnce(pl.Callback):
             return
         if not isinstance(pl_module, DiffusionMixin) or pl_module.text.encoder is None:
             raise InputError("EncodeOnce: there is no text encoder to free; drop it")
-        if getattr(pl_module.text, "tokens", None) is not None:
+        if pl_module.text.tokens is not None:
             raise InputError("EncodeOnce: pseudo-words are trained through the text encoder, which must stay; drop it")
         device = torch.device(self.device) if self.device is not None else trainer.strategy.root_device
         kept = KeptStates(pl_module.text.encoder, round(self.max_gb * 2**30), self.device)

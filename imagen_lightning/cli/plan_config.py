@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from imagen_lightning.cascade.description import without_weights
 from imagen_lightning.cascade.weights import shapes_only
 from imagen_lightning.cli import fit
 from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.errors import InputError
-from imagen_lightning.planning import Training, find_precision, weightless
+from imagen_lightning.planning import Training, find_precision
 from imagen_lightning.planning.advice import (
     Change,
     adapter_changes,
@@ -137,7 +138,7 @@ def _parts(arguments: Sequence[str], empty: bool) -> _Parts:
     sys.argv[1:] = ["fit", *prepare("plan", arguments)]  # where LightningCLI reads them
     with ExitStack() as stack:
         if empty:
-            stack.enter_context(weightless())
+            stack.enter_context(without_weights())
             stack.enter_context(shapes_only())
         return _Parts(
             parser_class=fit.Parser,

@@ -40,7 +40,7 @@ def stage_configs(stage: DiffusionMixin) -> StageConfigs:
     unet, noising = {}, None
     if not isinstance(stage, BaseStage | SuperResolutionStage):
         wrong.append(f"stage {class_path(stage)} (BaseStage or SuperResolutionStage)")
-    if getattr(stage, "adapter", None) is not None:
+    if stage.adapter is not None:
         wrong.append("adapter (merge it: imagen-lightning cascade)")
     if isinstance(stage.network, UNet):
         try:
@@ -76,7 +76,7 @@ def _unread_text(stage: DiffusionMixin) -> list[str]:
     ]
     if text.network is not None:
         wrong.append(f"text network {type(text.network).__name__} (null)")
-    if getattr(text, "tokens", None) is not None:
+    if text.tokens is not None:
         wrong.append("text tokens (null: a pipeline has no words of its own)")
     if text.null_text != "empty_caption":
         wrong.append(f"null_text {text.null_text!r} ('empty_caption')")

@@ -59,7 +59,7 @@ def base_identity(stage: DiffusionMixin) -> dict[str, Any]:
         "schedule": describe(stage.process.schedule),
         "parametrization": describe(stage.process.parametrization),
         "weights": weights_digest(as_module(stage)),
-        "origin": getattr(stage, "origin", None),
+        "origin": stage.origin,
     }
 
 

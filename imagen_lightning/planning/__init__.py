@@ -1,7 +1,6 @@
 """What training takes, before it is begun."""
 
 from imagen_lightning.planning.advice import Advice, cheapest, fits
-from imagen_lightning.planning.kernels import weightless
 from imagen_lightning.planning.plan import Plan, Training, make_plan
 from imagen_lightning.planning.show import show_plan
 from imagen_lightning.planning.step import find_precision
@@ -15,5 +14,4 @@ __all__ = [
     "fits",
     "make_plan",
     "show_plan",
-    "weightless",
 ]

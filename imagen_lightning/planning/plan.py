@@ -23,7 +23,7 @@ class Training:
     """How a stage is trained, as far as it takes memory.
 
     Attributes:
-        stage: made inside `weightless`; never changed.
+        stage: made inside `without_weights`; never changed.
         precision: the trainer's.
         batch_size: images that one process takes at once.
         accumulate: batches whose gradients are summed for one optimizer step.

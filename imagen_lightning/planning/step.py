@@ -124,7 +124,7 @@ def simulate(
     Gradients of the step before lie there during the forward pass, since the trainer frees them after it.
 
     Args:
-        stage: made inside `weightless`.
+        stage: made inside `without_weights`.
         precision: of weights and computation.
         num_images, num_tokens: of the batch that one process takes at once.
         accumulate: whether gradients are summed over several batches.

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from imagen_lightning.cascade.description import without_weights
 from imagen_lightning.networks import EfficientUNet, PatchTransformer, UNet
-from imagen_lightning.planning import Training, find_precision, weightless
+from imagen_lightning.planning import Training, find_precision
 from imagen_lightning.stages import BaseStage, Optimization, SuperResolutionStage, TextSettings
 from imagen_lightning.text import TinyTextEncoder
 
@@ -35,7 +36,7 @@ def train():
             return BaseStage(32, network, text, optimization=optimization)
 
         if not weights:
-            with weightless():
+            with without_weights():
                 made = stage()
         else:
             made = stage()

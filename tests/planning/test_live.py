@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from imagen_lightning.planning.kernels import FLOAT, LOWER, Kernels, weightless
+from imagen_lightning.cascade.description import without_weights
+from imagen_lightning.planning.kernels import FLOAT, LOWER, Kernels
 from imagen_lightning.planning.live import Live, num_bytes
 
 
@@ -127,7 +128,7 @@ def test_the_lists_are_those_of_torchs_header():
 
 
 def test_weightless_modules_have_shapes_and_all_else_is_as_usual():
-    with weightless():
+    with without_weights():
         layer = nn.Linear(1000, 1000)
         table = torch.arange(3)
     assert layer.weight.is_meta
