@@ -26,6 +26,7 @@ runtime = [line for line in requirements("requirements.txt") if not line.startsw
 dev = [
     "pytest>=8",
     "pytest-cov>=5",
+    "hypothesis>=6.100",
     "build>=1.2",
     "setuptools>=77",
     "wheel>=0.43",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
@@ -12,24 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_lightning.errors import InputError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all; makes its folder.
-
-    Raises:
-        OSError: it cannot be written, with its path; nothing is left of it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", newline="")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
-            partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
+from imagen_lightning.io.atomic import write_text
 
 _MENDS = {
     errno.ENOSPC: "make room on that disk",

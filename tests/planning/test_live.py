@@ -1,5 +1,7 @@
 """Memory and FLOPs that are counted against those known by hand, and against torch's own allocator and counter."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,7 +111,7 @@ def test_a_gpu_norms_in_float32_under_autocast():
 
 
 def test_the_lists_are_those_of_torchs_header():
-    header = __import__("pathlib").Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     if not header.exists():
         pytest.skip("this torch has no headers")
     text = header.read_text()
