@@ -30,7 +30,7 @@ CASES = ((256, 256), (512, 64), (1024, 64))
 WORKERS = (0, 1, 2)
 BATCH = 32
 NUM_SHARDS = 4
-PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/coco-mini-permissive"
+PHOTOS = Path(os.environ.get("IMAGEN_LIGHTNING_TEST_DATA", "shared/data"), "coco-mini-permissive").resolve()
 
 
 def worker(name: str, case: str, settings: dict[str, int]) -> None:

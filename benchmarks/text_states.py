@@ -1,6 +1,6 @@
 """What stored text states take, and what float16 and int8 change in them and in a trained stage's validation loss.
 
-    python benchmarks/text_states.py [--data ../shared/data] [--steps 400] [--features 512] [--rounds 5]
+    python benchmarks/text_states.py [--data FOLDER] [--steps 400] [--features 512] [--rounds 5]
         [--out FILE.json]
 
 No trained T5 is at hand: the encoder is a random T5 v1.1 (two layers) with the published tokenizer. Four parts:
@@ -21,6 +21,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 import argparse
 import json
 import logging
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -179,7 +180,7 @@ def validation_loss(stage: BaseStage, module: LaionDataModule) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(__file__).parents[2] / "shared" / "data"
+    shared = Path(os.environ.get("IMAGEN_LIGHTNING_TEST_DATA", "shared/data"))
     parser.add_argument("--data", type=Path, default=shared, help="folder of the shards' folders and the tokenizer")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--features", type=int, default=512, help="of the random T5, a multiple of 64")

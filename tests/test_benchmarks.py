@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from given_data import given
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--dim", "32", "--size", "16", "--batch", "2", "--rounds", "1"]
@@ -49,8 +50,8 @@ def test_gpu_on_a_cpu(tmp_path):
     assert not [case for case in cases if "failed" in case]
 
 
-@pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="needs ../shared/data")
 def test_text_states(tmp_path):
+    given()
     out = tmp_path / "figures.json"
     run("text_states.py", "--steps", "2", "--features", "64", "--layers", "1", "--rounds", "1", "--out", str(out))
     figures = json.loads(out.read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
-from tiny_t5 import needs_tokenizer, save_tiny_t5
+from tiny_t5 import save_tiny_t5
 
 from imagen_lightning.callbacks import EMA, EncodeOnce, SampleGrid
 from imagen_lightning.components import build
@@ -102,7 +102,6 @@ def test_training_is_the_same_to_the_bit(images, tmp_path, null_text):
     assert all(torch.equal(value, kept_weights[name]) for name, value in live_weights.items())
 
 
-@needs_tokenizer
 def test_t5_is_gone_before_the_first_step_and_while_callbacks_draw(t5, images, tmp_path):
     encoder = T5TextEncoder(str(t5), max_tokens=24)
     encoder(["a cat"])  # its weights are there before
@@ -132,7 +131,6 @@ def test_t5_is_gone_before_the_first_step_and_while_callbacks_draw(t5, images, t
     encoder.free()
 
 
-@needs_tokenizer
 def test_t5s_losses_agree_to_rounding(t5, images, tmp_path):
     runs = []
     for extra in ([], [EncodeOnce()]):
@@ -203,7 +201,6 @@ def test_shards_list_their_captions(tmp_path):
     assert data.captions() == ["one", "two 0", "two 1", "two 2"]
 
 
-@needs_tokenizer
 def test_with_stored_states_the_prompts_alone_are_encoded(t5, tmp_path):
     shard, encoder = write_shard(tmp_path), T5TextEncoder(str(t5), max_tokens=24)
     Embedding(open_shards(shard), tmp_path / "states", encoder, Settings()).run(progress=False)

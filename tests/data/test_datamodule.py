@@ -6,12 +6,12 @@ import logging
 import os
 import signal
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fitting import train
+from given_data import given
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
@@ -22,8 +22,6 @@ from imagen_lightning.data.decode import fit as fit_image
 from imagen_lightning.data.shards import Shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.types import InputError
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 class Recorder(LightningModule):
@@ -488,9 +486,7 @@ def test_a_filter_on_samples_without_metadata_names_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("name", ["dcss-tiles-32", "fluent-emoji-3d", "flower-photos-128", "coco-mini-permissive"])
 def test_real_shards_train(name, tmp_path):
-    folder = SHARED / name
-    if not folder.exists():
-        pytest.skip(f"no shards in {folder}")
+    folder = given(name)
     data = LaionDataModule(
         str(folder / "train-*.tar"),
         str(folder / "heldout-*.tar"),

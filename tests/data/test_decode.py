@@ -6,11 +6,11 @@ import json
 import struct
 import tarfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from given_data import given
 from PIL import Image, ImageFilter
 
 from imagen_lightning.data import decode
@@ -298,9 +298,7 @@ def test_truncated_and_progressive_jpegs_scaled():
 
 @pytest.mark.parametrize("name", ["coco-mini-permissive", "flower-photos-128"])
 def test_scaled_decoding_of_photographs(name):
-    folder = Path(__file__).parents[3] / "shared" / "data" / name
-    if not folder.exists():
-        pytest.skip(f"no shards in {folder}")
+    folder = given(name)
     square, whole = [], []
     with tarfile.open(folder / "heldout-00000.tar") as tar:
         for member in list(tar)[:30]:

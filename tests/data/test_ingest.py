@@ -13,10 +13,10 @@ import tarfile
 import threading
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from given_data import given
 from PIL import Image
 
 from imagen_lightning.cli import shards as cli
@@ -25,8 +25,6 @@ from imagen_lightning.data.datamodule import LaionDataModule
 from imagen_lightning.data.ingest import lock, making, write_shards
 from imagen_lightning.data.shards import index_shard
 from imagen_lightning.types import InputError
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def picture(number, size=(12, 10), format_="PNG", mode="RGB"):
@@ -425,9 +423,7 @@ def test_all_held_out_is_said(tmp_path, capsys):
 
 
 def test_real_photos_of_a_zip_train(tmp_path):
-    shard = SHARED / "coco-mini-permissive" / "train-00000.tar"
-    if not shard.exists():
-        pytest.skip(f"no {shard}")
+    shard = given("coco-mini-permissive", "train-00000.tar")
     lines, captions = [], {}
     with tarfile.open(shard) as tar, zipfile.ZipFile(tmp_path / "coco.zip", "w") as archive:
         for info in tar:

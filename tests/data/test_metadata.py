@@ -6,10 +6,10 @@ import logging
 import os
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from given_data import given
 
 from imagen_lightning.data.filters import Filter, select_rows
 from imagen_lightning.data.metadata import (
@@ -26,8 +26,6 @@ from imagen_lightning.errors import InputError
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'imagen-lightning[parquet]'")
 from pyarrow import parquet  # noqa: E402
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def img2dataset_rows(number_of=6):
@@ -331,9 +329,7 @@ def test_every_number_can_be_limited():
     ("name", "licence"), [("dcss-tiles-32", "cc0-1.0"), ("flower-photos-128", "CC-BY-2.0"), ("fluent-emoji-3d", "mit")]
 )
 def test_real_shards_are_filtered_by_licence(name, licence, tmp_path):
-    tars = sorted((SHARED / name).glob("train-*.tar"))
-    if not tars:
-        pytest.skip(f"no shards in {SHARED / name}")
+    tars = sorted(given(name).glob("train-*.tar"))
     shards = Shards([index_shard(tars[0])])
     rows = [np.arange(len(shards.indexes[0].keys))]
     cache = tmp_path  # and nothing beside the shared shards

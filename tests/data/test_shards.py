@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from given_data import given
 from PIL import Image
 
 from imagen_lightning.data.datamodule import LaionDataModule
@@ -23,8 +24,6 @@ from imagen_lightning.data.shards import (
 )
 from imagen_lightning.data.skips import Reason
 from imagen_lightning.types import InputError
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def png(color=(10, 200, 30), size=(8, 8)):
@@ -91,9 +90,7 @@ def test_index_gives_the_members_that_tarfile_sees(tmp_path, format_, prefix):
 
 @pytest.mark.parametrize("name", ["dcss-tiles-32", "fluent-emoji-3d", "flower-photos-128", "coco-mini-permissive"])
 def test_real_shards_are_read_whole(name):
-    paths = sorted((SHARED / name).glob("*.tar"))
-    if not paths:
-        pytest.skip(f"no shards in {SHARED / name}")
+    paths = sorted(given(name).glob("*.tar"))
     index = index_shard(paths[-1])
     assert not index.skips
     with tarfile.open(paths[-1]) as tar:

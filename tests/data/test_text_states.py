@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import tarfile
-from pathlib import Path
 
 import lightning
 import numpy as np
 import pytest
 import torch
+from given_data import copy_tokenizer, t5_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_stages import SIZE, SMALL
@@ -25,8 +25,6 @@ from imagen_lightning.stages import BaseStage, TextSettings
 from imagen_lightning.text import T5TextEncoder, TinyTextEncoder
 from imagen_lightning.types import InputError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-TOKENIZER = SHARED / "tokenizers" / "t5-v1_1"
 CAPTIONS = [
     "a small red star above a large blue circle on a white background",
     "a cat\nthe same cat, seen by somebody else",
@@ -52,11 +50,9 @@ def write_model(folder, kind, seed=0):
         transformers().T5EncoderModel(transformers().T5Config(**T5_SIZES, vocab_size=384)).save_pretrained(folder)
         transformers().ByT5Tokenizer().save_pretrained(folder)
         return folder
-    if not TOKENIZER.is_dir():
-        pytest.skip("the published T5 v1.1 tokenizer files do not lie beside the repository")
     config = getattr(transformers(), f"{kind}Config")(**T5_SIZES, vocab_size=32128)
     getattr(transformers(), f"{kind}EncoderModel")(config).save_pretrained(folder)
-    transformers().T5Tokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    transformers().T5Tokenizer.from_pretrained(t5_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -290,8 +286,7 @@ def test_the_tokenizer_is_the_same_from_either_of_its_files(tmp_path):
     own = T5TextEncoder(str(model)).identity()
     for file in model.glob("tokenizer*"):
         file.unlink()
-    for file in TOKENIZER.iterdir():
-        shutil.copy(file, model)
+    copy_tokenizer(model)
     assert T5TextEncoder(str(model)).identity() == own
 
 

@@ -1,20 +1,14 @@
 """Prompt sets as they are published."""
 
-from pathlib import Path
-
 import pytest
+from given_data import given
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.prompts import read_prompts
 
-PUBLISHED = Path(__file__).parents[3] / "shared/data/prompts"
-
 
 def published(name):
-    path = PUBLISHED / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there: the shared data are not beside this checkout")
-    return read_prompts(path)
+    return read_prompts(given("prompts", name))
 
 
 def test_partiprompts():

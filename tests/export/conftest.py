@@ -4,17 +4,16 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor
+from given_data import t5_tokenizer
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from if_shapes import COMMON, FIXTURES, blocks  # isort: skip
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
 UNETS = {
     **FIXTURES,
     "larger stage I": {
@@ -75,11 +74,6 @@ PUBLISHED = {
 }
 
 
-def need_tokenizer():
-    if not TOKENIZER.is_dir():
-        pytest.skip("the published T5 v1.1 tokenizer files do not lie beside the repository")
-
-
 def make_encoder(width):
     torch.manual_seed(0)
     config = T5Config(
@@ -115,8 +109,7 @@ def make_pipeline(name, with_text=True, seed=0, gain=GAIN):
     low_res = unet.config.in_channels == 6
     encoder = tokenizer = None
     if with_text:
-        need_tokenizer()
-        encoder, tokenizer = make_encoder(unet.config.encoder_hid_dim), AutoTokenizer.from_pretrained(TOKENIZER)
+        encoder, tokenizer = make_encoder(unet.config.encoder_hid_dim), AutoTokenizer.from_pretrained(t5_tokenizer())
     settings = {**IF_SCHEDULER, "sample_max_value": 1.0 if low_res else 1.5}
     parts = {
         "text_encoder": encoder,

@@ -1,8 +1,8 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from given_data import given
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.frechet import (
@@ -12,8 +12,6 @@ from imagen_lightning.metrics.frechet import (
     frechet_influence,
     gaussian_frechet_distance,
 )
-
-REFERENCE = Path(__file__).parents[3] / "shared/data/reference/diffusers_scheduler_expected.json"
 
 
 def features(num, dim, seed=0, shift=0.0, scale=1.0):
@@ -52,9 +50,8 @@ def test_commuting_covariances_have_a_closed_form():
 
 
 def test_the_published_value():
-    if not REFERENCE.exists():
-        pytest.skip("no ../shared/data/reference")
-    assert json.loads(REFERENCE.read_text())["fid_math"]["case"] == (
+    reference = given("reference", "diffusers_scheduler_expected.json")
+    assert json.loads(reference.read_text())["fid_math"]["case"] == (
         "mu 0 vs 1 in R^2048, both covariances I -> FID exactly 2048"
     )
     zero, eye = torch.zeros(2048, dtype=torch.float64), torch.eye(2048, dtype=torch.float64)

@@ -1,17 +1,15 @@
 """`shards doctor`: its page in a browser, the summary, stages from YAML, refusals."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from given_data import copy_tokenizer
 from PIL import Image
 
 from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
-
-TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "t5-v1_1"
 
 
 @pytest.fixture
@@ -70,14 +68,12 @@ def test_refusals(shards, capsys, arguments, words):
     assert (shards / "notes.yaml").read_text() == "a: 1\n"
 
 
-@pytest.mark.skipif(not TOKENIZER.exists(), reason="the T5 tokenizer is not there")
 @pytest.mark.parametrize("padding", ["masked", "attended"])
 def test_tokens_are_counted_without_padding(shards, capsys, padding):
     """`a picture of noise` and the script around the seed are more than 8 tokens and fewer than 77."""
     folder = shards / "t5"
     folder.mkdir()
-    for file in TOKENIZER.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    copy_tokenizer(folder)
     (folder / "config.json").write_text('{"model_type": "t5", "d_model": 8, "vocab_size": 32128}')
     for max_tokens, share in ((77, "0.0%"), (8, "100.0%")):
         arguments = {"name_or_path": str(folder), "max_tokens": max_tokens, "padding": padding}

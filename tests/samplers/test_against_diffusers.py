@@ -1,7 +1,6 @@
 """Samplers against diffusers' schedulers, and against the values its own tests publish."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from diffusers import (
 )
 from diffusers.pipelines.deepfloyd_if import timesteps as deepfloyd
 from discrete_table import times_of
+from given_data import given
 
 from imagen_lightning.diffusion import (
     DiffusionProcess,
@@ -42,7 +42,6 @@ from imagen_lightning.types import Schedule
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 PREDICTIONS = {"epsilon": Epsilon(), "v_prediction": V()}
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "reference" / "diffusers_scheduler_expected.json"
 
 
 def network(x, k):
@@ -344,9 +343,8 @@ def test_deepfloyds_lists():
 
 @pytest.fixture(scope="module")
 def published():
-    if not PUBLISHED.exists():
-        pytest.skip(f"no published values: {PUBLISHED.name} lies in no shared folder beside the repository")
-    return {case["name"]: case for case in json.loads(PUBLISHED.read_text())["cases"]}
+    path = given("reference", "diffusers_scheduler_expected.json")
+    return {case["name"]: case for case in json.loads(path.read_text())["cases"]}
 
 
 def dummy(x, k):

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_t5 import needs_tokenizer, save_tiny_t5
+from tiny_t5 import save_tiny_t5
 
 from imagen_lightning.text import T5TextEncoder, TinyTextEncoder
 from imagen_lightning.text.kept import KeptStates
@@ -39,7 +39,6 @@ def test_states_that_do_not_depend_on_neighbours_are_the_encoders_to_the_bit(cap
     assert same(kept(captions), encoder(captions))
 
 
-@needs_tokenizer
 @pytest.mark.parametrize("padding", ["masked", "attended"])
 def test_t5s_states_are_its_own_to_rounding(t5, padding):
     encoder = T5TextEncoder(str(t5), max_tokens=24, padding=padding)
@@ -54,7 +53,6 @@ def test_t5s_states_are_its_own_to_rounding(t5, padding):
     assert all(same(kept([caption]), encoder([caption])) for caption in CAPTIONS)  # alone, as it was encoded
 
 
-@needs_tokenizer
 def test_the_weights_are_gone_and_come_again_when_asked_for(t5):
     encoder = T5TextEncoder(str(t5), max_tokens=24)
     encoder(["a cat"])
@@ -73,7 +71,6 @@ def test_the_weights_are_gone_and_come_again_when_asked_for(t5):
     assert same(kept(["a cat"]), alone)
 
 
-@needs_tokenizer
 def test_an_error_of_the_encoder_frees_it_too(t5, monkeypatch):
     encoder = T5TextEncoder(str(t5), max_tokens=24)
     encoder(["a cat"])
