@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_lightning.cascade import StageSettings
+from imagen_lightning.catalog import is_percent
 from imagen_lightning.errors import counted
-from imagen_lightning.evaluation.measures import CAPTION_ACCURACY, Judge, Measured
+from imagen_lightning.evaluation.measures import Judge, Measured
 from imagen_lightning.evaluation.points import best_point, pareto
 from imagen_lightning.evaluation.schema import Evaluation, Row
 
@@ -41,7 +42,7 @@ def cell(value: Mapping[str, Any] | None) -> str:
     """A value with its interval, "0.0123 (0.01 to 0.015)"; shares in percent."""
     if value is None:
         return "-"
-    scale, unit = (100, "%") if value["metric"].startswith(CAPTION_ACCURACY) else (1, "")
+    scale, unit = (100, "%") if is_percent(value["metric"]) else (1, "")
     number, low, high = (
         "" if value.get(name) is None else f"{scale * float(value[name]):.3g}{unit}"
         for name in ("value", "low", "high")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from imagen_lightning.catalog import BOOTSTRAP, SPLITS, SUBSETS, WILSON
 from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.confidence import bootstrap_frechet, bootstrap_mean, wilson
 from imagen_lightning.metrics.features.base import FeatureExtractor
@@ -19,11 +20,6 @@ from imagen_lightning.metrics.kid import kernel_distance
 from imagen_lightning.metrics.precision_recall import precision_recall
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.metrics.reference import Reference
-
-BOOTSTRAP = "95% bootstrap"
-WILSON = "95% Wilson"
-SUBSETS = "1 std of KID subsets"
-SPLITS = "1 std of splits"
 
 
 def mean_value(metric: str, numbers: Tensor, protocol: Protocol) -> Value:

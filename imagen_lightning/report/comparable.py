@@ -199,12 +199,3 @@ def _letter(place: int) -> str:
     """a … z, aa, ab, …"""
     first, second = divmod(place, 26)
     return (chr(96 + first) if first else "") + chr(97 + second)
-
-
-_LOWER = ("fid", "fd", "kid", "kd", "lpips", "bits", "loss", "shift", "distance", "denoising")
-
-
-def lower_is_better(metric: str) -> bool:
-    """By the metric's name."""
-    plain = metric.lower()
-    return any(word in plain for word in _LOWER)

@@ -9,7 +9,7 @@ from imagen_lightning.evaluation.schema import Evaluation, Row
 from imagen_lightning.evaluation.words import cell, sweep_verdict, table
 from imagen_lightning.metrics.protocol import Protocol, Value
 
-JUDGE = Judge(CAPTION_ACCURACY, True, True)
+JUDGE = Judge(CAPTION_ACCURACY)
 
 
 def value(number, margin=0.02, metric=CAPTION_ACCURACY):

@@ -7,7 +7,6 @@ from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.comparable import (
     distinct,
     last_values,
-    lower_is_better,
     measurements,
     value_columns,
     yardstick,
@@ -117,22 +116,3 @@ def test_columns_part_protocols_and_keep_metrics_together():
     assert len(value_columns(sweep)) == 30
     assert [len(c.values) for c in value_columns(sweep, ["guidance"])] == [30]
     assert [c.letter for c in value_columns(sweep)][25:28] == ["z", "aa", "ab"]
-
-
-LOWER = (
-    "base/denoising_ratio",
-    "sr_64/colour_shift",
-    "FID",
-    "FD-random",
-    "KID",
-    "KD-random",
-    "CLIP-FID",
-    "LPIPS",
-    "train/loss",
-    "bits per dimension",
-)
-HIGHER = ("base/text_gain", "CLIP score", "caption accuracy", "PSNR", "SSIM", "precision", "recall", "inception score")
-
-
-def test_directions():
-    assert [metric for metric in (*LOWER, *HIGHER) if lower_is_better(metric)] == list(LOWER)
