@@ -11,6 +11,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
+from imagen_lightning.callbacks.observer import Observer
 from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.run_folder import log_metrics
 from imagen_lightning.callbacks.schedule import Schedule
@@ -19,7 +20,7 @@ from imagen_lightning.stages.means import Means
 from imagen_lightning.types import InputError
 
 
-class NoiseLevelLoss(pl.Callback):
+class NoiseLevelLoss(Observer):
     """Logs the mean loss in bins of the time t (0 is data, 1 is noise) and of the augmentation level.
 
     `train/loss_t/0.00-0.10`, … are means since they were last logged; `val/loss_t/…` and, in super-resolution stages,
@@ -29,17 +30,25 @@ class NoiseLevelLoss(pl.Callback):
         num_bins: bins of [0, 1], at most 100.
         every_n_steps: optimizer steps between two loggings of the training loss.
         every_n_epochs: passes over the training data, in the place of steps.
+        strict: end training where this fails, rather than log it and continue.
 
     Raises:
         InputError: a number out of range; when training starts, data without epochs where they are counted.
     """
 
-    def __init__(self, num_bins: int = 10, every_n_steps: int = 100, every_n_epochs: float | None = None) -> None:
+    def __init__(
+        self,
+        num_bins: int = 10,
+        every_n_steps: int = 100,
+        every_n_epochs: float | None = None,
+        strict: bool = False,
+    ) -> None:
         if not 1 <= num_bins <= 100:
             raise InputError(f"NoiseLevelLoss num_bins {num_bins} must be in 1..100")
         self.num_bins = num_bins
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
+        self.strict = strict
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end=False)
         self._means = {(part, level): Means(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")}
 
@@ -63,9 +72,11 @@ class NoiseLevelLoss(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._add("train", pl_module)
+        with self.tolerating(trainer):
+            self._add("train", pl_module)
         if self._schedule.is_due(trainer):
-            self._log("train", trainer, pl_module)
+            with self.tolerating(trainer):
+                self._log("train", trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -77,11 +88,13 @@ class NoiseLevelLoss(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not trainer.sanity_checking:
-            self._add("val", pl_module)
+            with self.tolerating(trainer):
+                self._add("val", pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log("val", trainer, pl_module)
+            with self.tolerating(trainer):
+                self._log("val", trainer, pl_module)
 
     def _add(self, part: str, pl_module: pl.LightningModule) -> None:
         record = getattr(pl_module, "record", None)

@@ -18,6 +18,7 @@ import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.drawing import DrawingSettings, Pictures, draw, first_pictures, require_stage
 from imagen_lightning.callbacks.ema import averaged_weights
+from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
@@ -105,7 +106,7 @@ class Findings:
         return found
 
 
-class Probes(pl.Callback):
+class Probes(Observer):
     """Measures on the first validation samples what a loss does not tell, and says it in words.
 
     Logs `STAGE/denoising_ratio`, `STAGE/text_gain`, `STAGE/text_z` and, for super-resolution, `STAGE/colour_shift`; the
@@ -120,6 +121,7 @@ class Probes(pl.Callback):
         at_end: whether to measure when training ends, unless a signal ended it.
         num_steps: network evaluations an image drawn; by default the stage's own.
         batch_size: samples at once.
+        strict: end training where this fails, rather than log it and continue.
 
     Raises:
         InputError: fewer than 16 samples or another number below its least; when training starts, no validation images.
@@ -134,6 +136,7 @@ class Probes(pl.Callback):
         at_end: bool = True,
         num_steps: int | None = None,
         batch_size: int = 32,
+        strict: bool = False,
     ) -> None:
         if num_samples < 16 or num_drawn < 2:
             raise InputError(f"Probes num_samples {num_samples} must be at least 16, num_drawn {num_drawn} at least 2")
@@ -144,6 +147,7 @@ class Probes(pl.Callback):
         self.at_end = at_end
         self.num_steps = num_steps
         self.batch_size = batch_size
+        self.strict = strict
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(num_steps=num_steps, batch_size=batch_size)
         self._given: Pictures | None = None  # in the first process
@@ -154,22 +158,27 @@ class Probes(pl.Callback):
         require_stage(trainer, pl_module, "Probes")
         self._schedule.start(trainer, "Probes")
         rewind_values(trainer)
-        if trainer.is_global_zero:
-            self._given = first_pictures(trainer, pl_module, self.num_samples, "Probes")  # type: ignore[arg-type]
-            self._reference = digest_tensors([self._given.truth])  # type: ignore[list-item]
-            self._said = _rewind_verdict(trainer)
-            if len(self._given) < 2:
-                raise InputError("Probes need at least 2 validation images")
+        together(lambda: self._find(trainer, pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._schedule.is_due(trainer):
-            self._look(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule.is_due_at_end(trainer):
-            self._look(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._look(trainer, pl_module)
+
+    def _find(self, trainer: pl.Trainer, stage: Any) -> None:
+        if trainer.is_global_zero:
+            self._given = first_pictures(trainer, stage, self.num_samples, "Probes")
+            self._reference = digest_tensors([self._given.truth])  # type: ignore[list-item]
+            self._said = _rewind_verdict(trainer)
+            if len(self._given) < 2:
+                raise InputError("Probes need at least 2 validation images")
 
     def _look(self, trainer: pl.Trainer, stage: Any) -> None:
         if self._given is None:

@@ -23,8 +23,8 @@ from imagen_lightning.metrics.reference import Reference
 
 
 def mean_value(metric: str, numbers: Tensor, protocol: Protocol) -> Value:
-    """The mean of N numbers, one a picture; a single one has no interval."""
-    low, high = bootstrap_mean(numbers) if len(numbers) > 1 else (None, None)
+    """The mean of N numbers, one a picture; a single one has no interval, nor have numbers of which one is NaN."""
+    low, high = bootstrap_mean(numbers) if len(numbers) > 1 and not numbers.isnan().any() else (None, None)
     protocol = replace(protocol, metric=metric, num_samples=len(numbers))
     return Value(metric, float(numbers.double().mean()), low, high, protocol, None if low is None else BOOTSTRAP)
 

@@ -18,6 +18,7 @@ from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
 CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
+FAILURES = "failures.jsonl"
 VALUES, VERDICT = "values.jsonl", "verdict.json"
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _T = TypeVar("_T")
@@ -104,6 +105,8 @@ def read_run(folder: Path, problems: Problems) -> Run:
     if not (folder / METRICS).exists():
         problems.add(folder, f"no {METRICS}: nothing was logged yet")
     curves = _read(folder / METRICS, lambda text: _curves(text, folder / METRICS, problems), problems) or {}
+    for line in _read(folder / FAILURES, lambda text: list(map(json.loads, text.splitlines())), problems) or []:
+        problems.add(folder, f"{line['callback']} failed at step {line['step']} and logged nothing: {line['error']}")
     counts = [curve.last for name, curve in curves.items() if name.startswith("data/skipped/")]
     skipped = sum(int(count) for count in counts if math.isfinite(count))
     return Run(
