@@ -16,7 +16,7 @@ SUBSETS = "1 std of KID subsets"
 SPLITS = "1 std of splits"
 BOTH_SETS = "95% bootstrap of both sets"
 AT_LEAST_WILSON = f"{BOTH_SETS}, no narrower than Wilson's"
-DEVIATIONS = (SUBSETS, SPLITS)  # these are one standard deviation, not 95%
+STANDARD_ERROR = "1 standard error of the mean"
 
 IMAGES, CAPTIONS = "images", "captions"
 _PLACEHOLDER = re.compile(r"<\w+>")
@@ -132,6 +132,11 @@ def compares(name: str) -> str | None:
     """Return what the metric compares images with, `IMAGES` or `CAPTIONS`; None for other metrics."""
     metric = find(name)
     return None if metric is None else metric.compares
+
+
+def is_deviation(confidence: str | None) -> bool:
+    """Return whether an interval is one standard deviation or error to either side, rather than 95%."""
+    return confidence is not None and confidence.startswith((SUBSETS, SPLITS, STANDARD_ERROR))
 
 
 def is_of_weights(column: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imagen_lightning.catalog import DEVIATIONS, higher_is_better, is_percent
+from imagen_lightning.catalog import higher_is_better, is_deviation, is_percent
 from imagen_lightning.evaluation.measures import CAPTION_ACCURACY, Measured
 from imagen_lightning.files import plain
 from imagen_lightning.metrics.confidence import bootstrap_mean, wilson
@@ -154,5 +154,5 @@ def _quadrature(old: Value, new: Value) -> Difference:
         return _made(old, new, None, None, None)
     below = math.hypot(new.value - new.low, old.high - old.value)
     above = math.hypot(new.high - new.value, old.value - old.low)
-    scale = 1.96 if old.confidence in DEVIATIONS else 1.0  # a standard deviation is no 95%
+    scale = 1.96 if is_deviation(old.confidence) else 1.0  # a standard deviation is no 95%
     return _made(old, new, value - scale * below, value + scale * above, QUADRATURE)

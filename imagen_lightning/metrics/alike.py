@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from imagen_lightning.catalog import DEVIATIONS
+from imagen_lightning.catalog import is_deviation
 from imagen_lightning.metrics.protocol import Value
 
 _ROUNDING = 1e-7  # distances of equal sets differ by less
@@ -24,6 +24,6 @@ def has_interval(value: Value) -> bool:
 def _holds(value: Value, number: float) -> bool:
     if value.low is None or value.high is None:
         return False
-    reach = 1.96 if value.confidence in DEVIATIONS else 1.0
+    reach = 1.96 if is_deviation(value.confidence) else 1.0
     below, above = reach * (value.value - value.low), reach * (value.high - value.value)
     return value.value - below <= number <= value.value + above

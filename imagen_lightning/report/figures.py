@@ -150,11 +150,9 @@ def by_level(runs: Sequence[tuple[Style, Run]], level: str, x_title: str) -> go.
     """
     found = []
     for style, run in runs:
-        for part, words in (("val", ""), ("train", " (training)")):
-            bins = level_means(run, f"{part}/{level}/")
-            if bins:
-                found.append((style, words, bins))
-                break
+        part = level_part(run, level)
+        if part is not None:
+            found.append((style, " (training)" if part == "train" else "", level_means(run, f"{part}/{level}/")))
     if not found:
         return None
     log_y = spans_decades(np.array([mean for _, _, bins in found for _, _, mean in bins]))
@@ -172,6 +170,11 @@ def by_level(runs: Sequence[tuple[Style, Run]], level: str, x_title: str) -> go.
         trace.name = plain(style.name + words)
         figure.add_trace(trace)
     return figure
+
+
+def level_part(run: Run, level: str) -> str | None:
+    """What a run's loss by level is of: "val", "train" where there is no validation, None where there is none."""
+    return next((part for part in ("val", "train") if level_means(run, f"{part}/{level}/")), None)
 
 
 def level_means(run: Run, prefix: str) -> list[tuple[float, float, float]]:

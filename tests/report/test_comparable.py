@@ -81,6 +81,17 @@ def test_last_values(make):
     assert fid.value == losses[4]
 
 
+@pytest.mark.parametrize("count", [2, 17, 20, 50])
+def test_a_mean_says_how_many_values_it_covers(make, count):
+    losses = np.arange(count, dtype=float)
+    found = run(make.configuration(), **{"train/loss": losses})
+    (train,) = last_values(found, yardstick(found))
+    covered = min(count, 20)
+    assert train.value == losses[-covered:].mean()
+    assert train.confidence == f"1 standard error of the mean of {covered}"
+    assert train.protocol.settings == "mean of the last logged values, at most 20"
+
+
 def test_metrics_with_protocols_of_their_own(make):
     found = run(make.configuration(), **{"base/fid": np.array([4.0, 3.0]), "base/text_z": np.array([2.0])})
     first, last = (Value("FID", x, x - 1, x + 1, Protocol("FID", num_samples=9), "95%") for x in (4.0, 3.0))
