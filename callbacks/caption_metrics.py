@@ -10,7 +10,6 @@ from imagen_lightning.callbacks.sampled_metric import Given, SampledMetric
 from imagen_lightning.data.shapes import parse_caption
 from imagen_lightning.metrics.caption_accuracy import caption_accuracy
 from imagen_lightning.metrics.clip_score import clip_scores
-from imagen_lightning.metrics.distributed import gather_by_position
 from imagen_lightning.metrics.features import ClipFeatures
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.metrics.values import clip_score_value, share_value
@@ -36,9 +35,11 @@ class CLIPScore(SampledMetric):
         self.clip.resize_filter  # noqa: B018
         self.clip.text_features(given.captions[:1], given.device)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
-        scores = clip_scores(self.clip, images.to(given.device), given.own.captions)
-        return clip_score_value(self.clip, gather_by_position(scores.cpu(), given.positions), protocol)
+    def look(self, images: Tensor, given: Given) -> Tensor:
+        return clip_scores(self.clip, images.to(given.device), given.own.captions).cpu()
+
+    def value(self, found: Tensor, protocol: Protocol) -> Value:
+        return clip_score_value(self.clip, found, protocol)
 
 
 class CaptionAccuracy(SampledMetric):
@@ -53,6 +54,8 @@ class CaptionAccuracy(SampledMetric):
         except InputError as error:
             raise InputError(f"CaptionAccuracy is for the built-in shapes alone: {error}") from None
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
-        right = caption_accuracy(images, given.own.captions).all.long()
-        return share_value(self.metric, gather_by_position(right, given.positions).bool(), protocol)
+    def look(self, images: Tensor, given: Given) -> Tensor:
+        return caption_accuracy(images, given.own.captions).all.long()
+
+    def value(self, found: Tensor, protocol: Protocol) -> Value:
+        return share_value(self.metric, found.bool(), protocol)

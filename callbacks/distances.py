@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imagen_lightning.callbacks.sampled_metric import Given, SampledMetric
-from imagen_lightning.metrics.distributed import FeatureStore
 from imagen_lightning.metrics.features import FeatureExtractor, RandomConvFeatures
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.metrics.reference import Reference, measure_reference
@@ -42,9 +42,12 @@ class FID(SampledMetric):
     def prepare(self, given: Given) -> None:
         self._reference = _reference(self.extractor, given)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
+    def look(self, images: Tensor, given: Given) -> Tensor:
+        return _features(self.extractor, images, given)
+
+    def value(self, found: Tensor, protocol: Protocol) -> Value:
         assert self._reference is not None
-        return frechet_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)
+        return frechet_value(self.extractor, found, self._reference, protocol)
 
 
 class KID(SampledMetric):
@@ -70,9 +73,12 @@ class KID(SampledMetric):
     def prepare(self, given: Given) -> None:
         self._reference = _reference(self.extractor, given)
 
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
+    def look(self, images: Tensor, given: Given) -> Tensor:
+        return _features(self.extractor, images, given)
+
+    def value(self, found: Tensor, protocol: Protocol) -> Value:
         assert self._reference is not None
-        return kernel_value(self.extractor, _features(self.extractor, images, given), self._reference, protocol)
+        return kernel_value(self.extractor, found, self._reference, protocol)
 
 
 def _reference(extractor: FeatureExtractor, given: Given) -> Reference:
@@ -86,8 +92,5 @@ def _reference(extractor: FeatureExtractor, given: Given) -> Reference:
 
 
 def _features(extractor: FeatureExtractor, images: Tensor, given: Given) -> Tensor:
-    """(N, D) of all processes' images, in order."""
-    store = FeatureStore(extractor.num_features)
-    for part, positions in zip(images.split(_BATCH), given.positions.split(_BATCH)):
-        store.update(extractor(part.to(given.device)), positions)
-    return store.gather()
+    """(N_r, D) float32 of this process's images."""
+    return torch.cat([extractor(part.to(given.device)).float().cpu() for part in images.split(_BATCH)])

@@ -7,7 +7,6 @@ import io
 import logging
 import netrc
 import os
-import re
 import secrets
 import time
 from argparse import Namespace
@@ -25,13 +24,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger  # isort: skip
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
 from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info
+from imagen_lightning.catalog import is_of_weights
 from imagen_lightning.files import write_text
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
-_OF_WEIGHTS = re.compile(r"(base|sr_\d+)/")  # columns whose row is the number of steps behind the weights measured
 _FLUSH_SHARE = 0.02  # of the time may go into writing the file
 
 
@@ -107,7 +106,7 @@ class RunCSVLogger(Logger):
         place = bisect_left(self._steps, step)
         self._dirty |= place < len(self._steps)
         rows = self._rows[place : place + 1] if self._steps[place : place + 1] == [step] else []
-        measured = [{key: value for key, value in row.items() if _OF_WEIGHTS.match(key)} for row in rows]
+        measured = [{key: value for key, value in row.items() if is_of_weights(key)} for row in rows]
         kept = [row for row in measured if row]
         self._steps[place:], self._rows[place:] = [step] * len(kept), kept
         used = {key for row in self._rows for key in row}

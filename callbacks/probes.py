@@ -18,6 +18,7 @@ import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.drawing import DrawingSettings, Pictures, draw, first_pictures, require_stage
 from imagen_lightning.callbacks.ema import averaged_weights
+from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
@@ -46,7 +47,9 @@ VERDICT = "verdict.json"
 MIN_TEXT_GAIN = 0.002  # share of the error that true captions must save against shuffled ones, …
 MIN_TEXT_Z = 3.0  # … and in standard errors
 MAX_DENOISING_RATIO = 0.5  # of the error that knowing each channel's mean and variance alone leaves
+MAX_IGNORED_GAIN = 0.02  # text is surely ignored where the gain's 95% interval ends below
 MAX_COLOUR_SHIFT = 5.0  # of 255
+_ADVICE = {"above": "keep training", "unclear": "keep training, or take more samples"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Findings:
 
     Attributes:
         denoising_ratios: (N,) error at LOW_TIMES over that of the best estimate of a pixel from itself.
-        text_gains: (M,) share of the error at HIGH_TIMES that images' own captions save against others'; None for a
-            stage without text or captions that are all the same.
+        text_gains: (M,) fraction of the error at HIGH_TIMES that images' own captions save against others'; None for a
+            stage without text; fewer than 2 where the captions are the same.
         colour_shifts: (D,) distance of an output's colours from the low-res input's, of 255; None for a base stage.
     """
 
@@ -65,38 +68,51 @@ class Findings:
     colour_shifts: Tensor | None
 
     def verdict(self) -> list[str]:
-        """In words, one an ailment; empty where nothing ails."""
+        """In words, one a fault, and one for what cannot be told from so few samples; empty where all is well."""
         ratio, words = float(self.denoising_ratios.mean()), []
         if not math.isfinite(ratio):
             return ["the weights give no finite images: go back to an earlier checkpoint with a lower learning rate"]
-        if ratio > MAX_DENOISING_RATIO:
+        noise = _side(self.denoising_ratios, MAX_DENOISING_RATIO)
+        if noise != "below":
+            head = "still noise at t<0.2" if noise == "above" else "whether noise at t<0.2 is removed cannot be told"
             words.append(
-                f"still noise at t<0.2: the error is {ratio:.2f} of that with no knowledge of images (below "
-                f"{MAX_DENOISING_RATIO:g} is learning): keep training, or look at the learning rate"
+                f"{head}: the error is {ratio:.2f} of that with no knowledge of images (below "
+                f"{MAX_DENOISING_RATIO:g} is learning): {_ADVICE[noise]}, or look at the learning rate"
             )
         if self.text_gains is not None and self.colour_shifts is None:
-            gain, z = float(self.text_gains.mean()), z_score(self.text_gains)
-            if z < MIN_TEXT_Z or gain < MIN_TEXT_GAIN:
-                words.append(
-                    f"text is ignored: true captions save {gain:.2%} of the error, {z:.1f} standard errors (above "
-                    f"{MIN_TEXT_GAIN:.1%} and {MIN_TEXT_Z:g} is heard): keep training; if it stays, look at the "
-                    "captions and text settings"
-                )
+            words += self._of_text(self.text_gains)
         if self.colour_shifts is not None:
-            shift = float(self.colour_shifts.mean())
-            if shift > MAX_COLOUR_SHIFT:
+            shift, drift = float(self.colour_shifts.mean()), _side(self.colour_shifts, MAX_COLOUR_SHIFT)
+            if drift != "below":
+                head = "colour drifts" if drift == "above" else "whether colour drifts cannot be told"
                 words.append(
-                    f"colour drifts: outputs lie {shift:.1f}/255 from their low-resolution input (below "
-                    f"{MAX_COLOUR_SHIFT:g} is faithful): keep training; if it stays, predict x0, which shifts "
+                    f"{head}: outputs lie {shift:.1f}/255 from their low-resolution input (below "
+                    f"{MAX_COLOUR_SHIFT:g} is faithful): {_ADVICE[drift]}; if it stays, predict x0, which shifts "
                     "them least"
                 )
         return words
+
+    def _of_text(self, gains: Tensor) -> list[str]:
+        """Whether the stage hears its text; it surely does not where a gain that matters is ruled out."""
+        if len(gains) < 2:
+            return ["whether text is heard cannot be told: the captions that were looked at are the same"]
+        gain, z = float(gains.mean()), z_score(gains)
+        if z >= MIN_TEXT_Z and gain >= MIN_TEXT_GAIN:
+            return []
+        sure = gain < MIN_TEXT_GAIN and z >= MIN_TEXT_Z
+        ignored = sure or _side(gains, MAX_IGNORED_GAIN) == "below"
+        head = "text is ignored" if ignored else "whether text is heard cannot be told"
+        return [
+            f"{head}: true captions save {gain:.2%} of the error, {z:.1f} standard errors (above "
+            f"{MIN_TEXT_GAIN:.1%} and {MIN_TEXT_Z:g} is heard): {_ADVICE['above' if ignored else 'unclear']}; if it "
+            "stays, look at the captions and text settings"
+        ]
 
     def values(self, protocol: Protocol, drawn: Mapping[str, Any]) -> list[Value]:
         """Each number with its interval and a protocol, to which `drawn` adds how images were drawn."""
         low, high = (f"t {', '.join(map(str, times))}" for times in (LOW_TIMES, HIGH_TIMES))
         found = [mean_value("denoising ratio", self.denoising_ratios, replace(protocol, settings=low))]
-        if self.text_gains is not None:
+        if self.text_gains is not None and len(self.text_gains) > 1:
             at_high = replace(protocol, settings=high, num_samples=len(self.text_gains))
             z = Value("text z", z_score(self.text_gains), None, None, replace(at_high, metric="text z"))
             found += [mean_value("text gain", self.text_gains, at_high), z]
@@ -105,7 +121,7 @@ class Findings:
         return found
 
 
-class Probes(pl.Callback):
+class Probes(Observer):
     """Measures on the first validation samples what a loss does not tell, and says it in words.
 
     Logs `STAGE/denoising_ratio`, `STAGE/text_gain`, `STAGE/text_z` and, for super-resolution, `STAGE/colour_shift`; the
@@ -120,6 +136,7 @@ class Probes(pl.Callback):
         at_end: whether to measure when training ends, unless a signal ended it.
         num_steps: network evaluations an image drawn; by default the stage's own.
         batch_size: samples at once.
+        strict: end training where this fails, rather than log it and continue.
 
     Raises:
         InputError: fewer than 16 samples or another number below its least; when training starts, no validation images.
@@ -134,6 +151,7 @@ class Probes(pl.Callback):
         at_end: bool = True,
         num_steps: int | None = None,
         batch_size: int = 32,
+        strict: bool = False,
     ) -> None:
         if num_samples < 16 or num_drawn < 2:
             raise InputError(f"Probes num_samples {num_samples} must be at least 16, num_drawn {num_drawn} at least 2")
@@ -144,6 +162,7 @@ class Probes(pl.Callback):
         self.at_end = at_end
         self.num_steps = num_steps
         self.batch_size = batch_size
+        self.strict = strict
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(num_steps=num_steps, batch_size=batch_size)
         self._given: Pictures | None = None  # in the first process
@@ -154,22 +173,27 @@ class Probes(pl.Callback):
         require_stage(trainer, pl_module, "Probes")
         self._schedule.start(trainer, "Probes")
         rewind_values(trainer)
-        if trainer.is_global_zero:
-            self._given = first_pictures(trainer, pl_module, self.num_samples, "Probes")  # type: ignore[arg-type]
-            self._reference = digest_tensors([self._given.truth])  # type: ignore[list-item]
-            self._said = _rewind_verdict(trainer)
-            if len(self._given) < 2:
-                raise InputError("Probes need at least 2 validation images")
+        together(lambda: self._find(trainer, pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._schedule.is_due(trainer):
-            self._look(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule.is_due_at_end(trainer):
-            self._look(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._look(trainer, pl_module)
+
+    def _find(self, trainer: pl.Trainer, stage: Any) -> None:
+        if trainer.is_global_zero:
+            self._given = first_pictures(trainer, stage, self.num_samples, "Probes")
+            self._reference = digest_tensors([self._given.truth])  # type: ignore[list-item]
+            self._said = _rewind_verdict(trainer)
+            if len(self._given) < 2:
+                raise InputError("Probes need at least 2 validation images")
 
     def _look(self, trainer: pl.Trainer, stage: Any) -> None:
         if self._given is None:
@@ -215,7 +239,14 @@ class Probes(pl.Callback):
             drawn = given.part(slice(self.num_drawn))
             images, _ = draw(trainer, stage, drawn, self._settings)
             shifts = colour_shift(images, drawn.low_res)  # type: ignore[arg-type]
-        return Findings(ratios, None if gains is None or len(gains) < 2 else gains, shifts), averaged
+        return Findings(ratios, gains, shifts), averaged
+
+
+def _side(numbers: Tensor, limit: float) -> str:
+    """Whether the mean of N numbers is "above" or "below" a limit, or "unclear" where its 95% interval holds it."""
+    mean = float(numbers.mean())
+    reach = 1.96 * float(numbers.std()) / len(numbers) ** 0.5 if len(numbers) > 1 else math.inf
+    return "above" if mean - reach > limit else "below" if mean + reach < limit else "unclear"
 
 
 def _ailments(words: Sequence[str]) -> list[str]:

@@ -11,8 +11,10 @@ import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.callbacks import ProgressBar  # isort: skip
 from tqdm import tqdm
 
+from imagen_lightning.callbacks.observer import Observer
 
-class StepProgress(ProgressBar):
+
+class StepProgress(Observer, ProgressBar):
     """Steps done, loss, and the time left: a bar on a terminal, a line every `seconds` elsewhere.
 
     Args:
@@ -50,17 +52,23 @@ class StepProgress(ProgressBar):
     ) -> None:
         if self._bar is None or trainer.global_step == self._bar.n:
             return
+        with self.tolerating(trainer):
+            self._show(self._bar, trainer)
+
+    def _show(self, bar: tqdm[Any], trainer: pl.Trainer) -> None:
         losses = {
             name: f"{float(value):.4f}" for name, value in trainer.callback_metrics.items() if name.endswith("/loss")
         }
-        self._bar.set_postfix(losses, refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+        bar.set_postfix(losses, refresh=False)
+        bar.update(trainer.global_step - bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close()
+        with self.tolerating(trainer):
+            self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._close()
+        with self.tolerating(trainer):
+            self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -26,6 +26,7 @@ from imagen_lightning.callbacks.drawing import (
     require_stage,
 )
 from imagen_lightning.callbacks.loggers import log_table
+from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.values import column, log_values, rewind_values
@@ -42,7 +43,7 @@ from imagen_lightning.types import InputError, Sampler
 FOLDER = "samples"
 
 
-class SampleGrid(pl.Callback):
+class SampleGrid(Observer):
     """Draws the same captions from the same seeds every n steps, with the weights of the EMA where there is one.
 
     RUN/samples/STEP/ holds 00000.png, …, grid.png and samples.json; W&B gets the grid, and a table of captions and
@@ -64,6 +65,7 @@ class SampleGrid(pl.Callback):
         sampler: the algorithm.
         aug_level: in [0, 1], noise on the low-resolution input.
         batch_size: images drawn at once.
+        strict: end training where this fails, rather than log it and continue.
 
     Raises:
         InputError: a number below 1; when training starts, a base stage without prompts, or no validation images, or
@@ -84,6 +86,7 @@ class SampleGrid(pl.Callback):
         sampler: Sampler | None = None,
         aug_level: float | None = None,
         batch_size: int = 16,
+        strict: bool = False,
     ) -> None:
         if num_images < 1:
             raise InputError(f"SampleGrid num_images {num_images} must be at least 1")
@@ -99,6 +102,7 @@ class SampleGrid(pl.Callback):
         self.sampler = sampler
         self.aug_level = aug_level
         self.batch_size = batch_size
+        self.strict = strict
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Pictures | None = None  # in the first process
@@ -108,18 +112,19 @@ class SampleGrid(pl.Callback):
         self._schedule.start(trainer, "SampleGrid")
         self._settings.of(pl_module)  # type: ignore[arg-type]
         rewind_values(trainer)
-        if trainer.is_global_zero:
-            self._given = self._pictures(trainer, pl_module)
+        self._given = together(lambda: self._pictures(trainer, pl_module) if trainer.is_global_zero else None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._schedule.is_due(trainer):
-            self._draw(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule.is_due_at_end(trainer):
-            self._draw(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._draw(trainer, pl_module)
 
     def _pictures(self, trainer: pl.Trainer, stage: Any) -> Pictures:
         if not isinstance(stage, SuperResolutionStage):

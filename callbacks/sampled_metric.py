@@ -24,12 +24,14 @@ from imagen_lightning.callbacks.drawing import (
     prompt_pictures,
     require_stage,
 )
+from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
 from imagen_lightning.callbacks.values import column, log_values, rewind_values
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
+from imagen_lightning.metrics.distributed import gather_by_position
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError, Sampler
@@ -59,13 +61,16 @@ class Given:
         return torch.tensor(self.own.positions, dtype=torch.int64)
 
 
-class SampledMetric(pl.Callback):
+class SampledMetric(Observer):
     """Draws the same captions from the same seeds every n steps with the EMA's weights, and measures the images.
 
     Captions are those of the first samples of the validation set, whose images are the reference; a super-resolution
     stage enlarges these images' reductions. All processes draw a part each and take part in the measuring, whatever
     their number the same images. Training is the same to the bit as without. Callbacks that draw alike share one
     drawing.
+
+    A subclass says what it is called (`metric`), what it needs (`prepare`), what each process finds of its own images
+    (`look`), and what all of that is worth (`value`). An exception in one process leaves the measurement out in all.
 
     Args:
         num_samples: images drawn, fewer where there are fewer or some cannot be used; the real images stay in memory.
@@ -81,6 +86,7 @@ class SampledMetric(pl.Callback):
         aug_level: in [0, 1], noise on the low-resolution input of a super-resolution stage.
         batch_size: images drawn at once.
         label: added to the name of the metric, "base/fid_LABEL", where several callbacks log one metric.
+        strict: end training where this fails, rather than log it and continue.
 
     Raises:
         InputError: a number below its least; when training starts, data without such images, prompts where reference
@@ -106,6 +112,7 @@ class SampledMetric(pl.Callback):
         aug_level: float | None = None,
         batch_size: int = 32,
         label: str = "",
+        strict: bool = False,
     ) -> None:
         name = type(self).__name__
         if num_samples < self.least or split not in SPLITS:
@@ -128,6 +135,7 @@ class SampledMetric(pl.Callback):
         self.aug_level = aug_level
         self.batch_size = batch_size
         self.label = label
+        self.strict = strict
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Given | None = None
@@ -143,13 +151,21 @@ class SampledMetric(pl.Callback):
         """Gets ready what measuring needs, so that what cannot be had is refused before the run; all processes call."""
 
     @abstractmethod
-    def measure(self, images: Tensor, given: Given, protocol: Protocol) -> Value:
-        """The metric over all processes, each of which calls.
+    def look(self, images: Tensor, given: Given) -> Tensor:
+        """Return (N_r, ...) on the CPU: what this process finds of its images; without waiting for the others.
 
         Args:
-            images: (N_r, 3, H, W) uint8 on the CPU, what this process drew; possibly none.
-            given: what it was drawn from, and real images where there are any.
-            protocol: all but the metric and what the pictures are compared with.
+            images: (N_r, 3, H, W) uint8 on the CPU, what this process generated; possibly none.
+            given: what they were generated from, and real images where there are any.
+        """
+
+    @abstractmethod
+    def value(self, found: Tensor, protocol: Protocol) -> Value:
+        """Return the metric.
+
+        Args:
+            found: (N, ...) what `look` found in all processes, in the order of the images.
+            protocol: all but the metric and what the images are compared with.
         """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,11 +188,13 @@ class SampledMetric(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._schedule.is_due(trainer):
-            self._evaluate(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._schedule.is_due_at_end(trainer):
-            self._evaluate(trainer, pl_module)
+            with self.tolerating(trainer):
+                self._evaluate(trainer, pl_module)
 
     def _column(self, stage: DiffusionMixin) -> str:
         """The name in the loggers."""
@@ -197,7 +215,7 @@ class SampledMetric(pl.Callback):
             everything = prompt_pictures(self.prompts)
             own = everything.part(slice(*share[:1], None, share[1]))
             return Given(own, everything.captions, None, "prompts", stage.device)
-        own = first_pictures(trainer, stage, self.num_samples, name, self.split, share)
+        own = together(lambda: first_pictures(trainer, stage, self.num_samples, name, self.split, share))
         assert own.truth is not None
         facts = zip(own.positions, own.captions, (digest_tensors([image]) for image in own.truth))
         everyone = sorted(fact for facts in of_all_processes(list(facts)) for fact in facts)
@@ -208,11 +226,18 @@ class SampledMetric(pl.Callback):
 
     def _evaluate(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
         assert isinstance(stage, DiffusionMixin)
-        assert self._given is not None
-        images, averaged = self._draw(trainer, stage, self._given.own)
-        protocol = self._protocol(trainer, stage, self._given, averaged)
+        given = self._given
+        assert given is not None
+        averaged = False
+
+        def look() -> Tensor:
+            nonlocal averaged
+            images, averaged = self._draw(trainer, stage, given.own)
+            return self.look(images, given)
+
         with uncounted(trainer), untouched_rng(stage.device), torch.no_grad():
-            value = self.measure(images, self._given, protocol)
+            found = gather_by_position(together(look), given.positions)
+            value = self.value(found, self._protocol(trainer, stage, given, averaged))
         log_values(trainer, {self._column(stage): value})
 
     def _draw(self, trainer: pl.Trainer, stage: pl.LightningModule, own: Pictures) -> tuple[Tensor, bool]:

@@ -11,6 +11,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 
+from imagen_lightning.callbacks.observer import Observer
 from imagen_lightning.callbacks.run_folder import log_metrics
 from imagen_lightning.data.skips import Reason, SkipLog
 from imagen_lightning.types import InputError
@@ -18,7 +19,7 @@ from imagen_lightning.types import InputError
 _REASONS = list(Reason)
 
 
-class SkippedSamples(pl.Callback):
+class SkippedSamples(Observer):
     """Logs `data/skipped/REASON` and, of the validation set, `data/skipped_val/REASON`, in lower case with underscores.
 
     The numbers are samples met so far: each once a process, over all processes, those that the walk through the shards
@@ -27,12 +28,14 @@ class SkippedSamples(pl.Callback):
 
     Args:
         every_n_steps: optimizer steps between two loggings.
+        strict: end training where this fails, rather than log it and continue.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 50, strict: bool = False) -> None:
         if every_n_steps < 1:
             raise InputError(f"SkippedSamples every_n_steps {every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
+        self.strict = strict
         self._found: dict[str, Counter[str]] = {}  # by the walk, the same in each process
         self._logged: dict[str, float] = {}
         self._seen_step = 0
@@ -41,7 +44,8 @@ class SkippedSamples(pl.Callback):
         self._found = {name: Counter(skips.counts) for name, skips in _skip_logs(trainer).items()}
         self._logged = {}
         self._seen_step = trainer.global_step
-        self._log(trainer, self._total(trainer))
+        with self.tolerating(trainer):
+            self._log(trainer, self._total(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,14 +53,17 @@ class SkippedSamples(pl.Callback):
         stepped = trainer.global_step > self._seen_step
         self._seen_step = trainer.global_step
         if stepped and trainer.global_step % self.every_n_steps == 0:
-            self._log(trainer, self._total(trainer))
+            with self.tolerating(trainer):
+                self._log(trainer, self._total(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(trainer, self._total(trainer))
+        with self.tolerating(trainer):
+            self._log(trainer, self._total(trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._found:  # the other processes may have gone: nothing can be asked of them
-            self._log(trainer, {name: Counter(skips.counts) for name, skips in _skip_logs(trainer).items()})
+            with self.tolerating(trainer):
+                self._log(trainer, {name: Counter(skips.counts) for name, skips in _skip_logs(trainer).items()})
 
     def _total(self, trainer: pl.Trainer) -> dict[str, Counter[str]]:
         """The counts over all processes."""

@@ -14,12 +14,13 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 
+from imagen_lightning.callbacks.observer import Observer
 from imagen_lightning.callbacks.run_folder import log_metrics
 from imagen_lightning.networks.flops import count_flops
 from imagen_lightning.types import Conditioning, InputError
 
 
-class Throughput(pl.Callback):
+class Throughput(Observer):
     """Logs images and FLOPs a second over all processes, seconds a step, and the share of the machine's matmul rate.
 
     `throughput/{images_per_second, seconds_per_step, flops_per_second, matmul_share}` are means over the steps since
@@ -30,13 +31,15 @@ class Throughput(pl.Callback):
     Args:
         every_n_steps: optimizer steps between two loggings.
         measure_matmul: whether to measure the matmul rate, which takes a tenth of a second.
+        strict: end training where this fails, rather than log it and continue.
     """
 
-    def __init__(self, every_n_steps: int = 50, measure_matmul: bool = True) -> None:
+    def __init__(self, every_n_steps: int = 50, measure_matmul: bool = True, strict: bool = False) -> None:
         if every_n_steps < 1:
             raise InputError(f"Throughput every_n_steps {every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
         self.measure_matmul = measure_matmul
+        self.strict = strict
         self.matmul_rate: float | None = None  # FLOP/s of this process's device
         self.flops_per_image: float | None = None
         self._since: float | None = None
@@ -46,23 +49,28 @@ class Throughput(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measure_matmul and self.matmul_rate is None:
-            self.matmul_rate = matmul_rate(pl_module.device, _compute_dtype(trainer))
+            with self.tolerating(trainer):
+                self.matmul_rate = matmul_rate(pl_module.device, _compute_dtype(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = None
         self._seen_step = trainer.global_step
         if self.flops_per_image is None and hasattr(pl_module, "predict"):
-            self._watch_first_prediction(pl_module)
+            self._watch_first_prediction(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        with self.tolerating(trainer):
+            self._count(trainer, pl_module, len(batch))
+
+    def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, num_images: int) -> None:
         stepped = trainer.global_step > self._seen_step
         self._seen_step = trainer.global_step
         if self._since is None:
             self._restart(pl_module)
             return
-        self._num_images += len(batch) * trainer.world_size
+        self._num_images += num_images * trainer.world_size
         self._num_steps += stepped
         if not stepped or trainer.global_step % self.every_n_steps:
             return
@@ -90,11 +98,12 @@ class Throughput(pl.Callback):
         _synchronize(pl_module.device)
         self._since, self._paused, self._num_images, self._num_steps = time.perf_counter(), 0.0, 0, 0
 
-    def _watch_first_prediction(self, pl_module: Any) -> None:
+    def _watch_first_prediction(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Shadows the method for one call. A forward hook on the network would make torch.compile compile it twice.
         def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
             del pl_module.predict
-            self.flops_per_image = count_flops(pl_module.network, x_t, t, conditioning)
+            with self.tolerating(trainer):
+                self.flops_per_image = count_flops(pl_module.network, x_t, t, conditioning)
             return pl_module.predict(x_t, t, conditioning)
 
         pl_module.predict = predict

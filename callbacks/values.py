@@ -16,6 +16,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
+from imagen_lightning.catalog import slug
 from imagen_lightning.files import write_text
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.stages import DiffusionMixin
@@ -31,7 +32,7 @@ def stage_name(stage: DiffusionMixin) -> str:
 
 def column(stage: DiffusionMixin, metric: str) -> str:
     """The loggers' name of a metric: "base/clip_score"."""
-    return f"{stage_name(stage)}/{metric.lower().replace(' ', '_').replace(',', '')}"
+    return f"{stage_name(stage)}/{slug(metric)}"
 
 
 def log_values(trainer: pl.Trainer, named: Mapping[str, Value]) -> None:

@@ -18,6 +18,7 @@ from imagen_lightning.data.dataset import LoadedBatch, Sample, collate
 from imagen_lightning.data.order import PositionBatchSampler
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step
 from imagen_lightning.data.skips import SkipLog
+from imagen_lightning.errors import counted
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,13 @@ class PositionedDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample]:
         dataset = self.validation_set()
         rank, world_size = self._process()
-        return self._loader(dataset, PositionBatchSampler(0, self.batch_size, rank, world_size, stop=len(dataset)))  # type: ignore[arg-type]
+        count = len(dataset)  # type: ignore[arg-type]
+        if count < world_size:  # a process without a batch would leave the others waiting for it
+            raise InputError(
+                f"{counted(count, 'validation image')} cannot be dealt out to {world_size} processes; give at least "
+                f"{world_size}, or none"
+            )
+        return self._loader(dataset, PositionBatchSampler(0, self.batch_size, rank, world_size, stop=count))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.judge_skips(batch)

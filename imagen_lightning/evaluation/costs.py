@@ -7,6 +7,7 @@ what its own images, in the place of real ones, take from the end result. The co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 NUM_BOOTSTRAP = 2000
+SMALL_POINTS, SMALL_FRACTION = 0.05, 0.1  # a cost that does not matter: of shares; of the whole cascade's value
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,21 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage takes from the end result, in the metric's unit; more is worse. low to high holds 95%."""
+    """What one stage takes from the end result, in the metric's unit; more is worse.
+
+    low to high holds 95%; both are None where a quality has no interval.
+    """
 
     stage: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def exceeds(self, other: Cost) -> bool:
+        """Whether it is more than another stage's cost by more than chance may give."""
+        if self.low is None or other.high is None:
+            return False
+        return self.value - other.value > math.hypot(self.value - self.low, other.high - other.value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,14 @@ class Judgement:
         unit: behind its numbers, " points" for shares in percent.
         scale: numbers are multiplied by it for people, 100 for shares.
         costs: a stage's each, in the cascade's order.
+        small: a cost that does not matter.
     """
 
     metric: str
     unit: str
     scale: float
     costs: tuple[Cost, ...]
+    small: float
 
     @property
     def worst(self) -> Cost:
@@ -64,19 +77,26 @@ class Judgement:
     @property
     def is_clear(self) -> bool:
         """Whether the worst cost is surely above zero, and above the others by more than chance may give."""
-        others = [cost.value for cost in self.costs if cost is not self.worst]
-        return self.worst.low > 0 and all(self.worst.low > value for value in others)
+        worst = self.worst
+        return bool(worst.low is not None and worst.low > 0) and all(
+            worst.exceeds(cost) for cost in self.costs if cost is not worst
+        )
 
     def sentence(self) -> str:
         """One line for people."""
         lacks = sum(cost.value for cost in self.costs)
         parts = ", ".join(f"{cost.stage} {self._number(cost.value)}" for cost in self.costs)
         worst = self.worst
+        loses = f"the cascade loses {self._number(lacks)}{self.unit} against real images ({parts})"
+        if worst.low is None or worst.high is None:
+            return f"which stage costs the most by {self.metric} cannot be told without intervals: {loses}"
         interval = f"{self._number(worst.low)} to {self._number(worst.high)}"
+        if not self.is_clear and all(cost.high is not None and cost.high <= self.small for cost in self.costs):
+            return f"no stage costs much by {self.metric}: {loses}, {worst.stage}'s part being {interval}"
         if not self.is_clear:
             return (
-                f"no stage stands out by {self.metric}: the cascade loses {self._number(lacks)}{self.unit} against "
-                f"real images ({parts}), {worst.stage}'s part being {interval}: more samples would tell"
+                f"no stage stands out by {self.metric}: {loses}, {worst.stage}'s part being {interval}: more samples "
+                "would tell"
             )
         return (
             f"{worst.stage} costs the most: {self._number(worst.value)}{self.unit} of {self.metric} ({interval}) of "
@@ -109,10 +129,11 @@ def judge(
     for stage, with_it, without in zip(stages, qualities, qualities[1:]):
         value = sign * (without.value - with_it.value)
         costs.append(Cost(stage, value, *_interval(value, sign, with_it, without)))
-    return Judgement(metric, " points" if percent else "", 100.0 if percent else 1.0, tuple(costs))
+    small = SMALL_POINTS if percent else SMALL_FRACTION * abs(qualities[0].value)
+    return Judgement(metric, " points" if percent else "", 100.0 if percent else 1.0, tuple(costs), small)
 
 
-def _interval(value: float, sign: float, with_it: Quality, without: Quality) -> tuple[float, float]:
+def _interval(value: float, sign: float, with_it: Quality, without: Quality) -> tuple[float, float] | tuple[None, None]:
     """95% of the cost: by bootstrap over the images, in pairs; else the two intervals' widths in quadrature."""
     if with_it.per_image is not None and without.per_image is not None:
         gains = sign * (without.per_image - with_it.per_image).double()
@@ -120,5 +141,7 @@ def _interval(value: float, sign: float, with_it: Quality, without: Quality) -> 
         rows = torch.randint(len(gains), (NUM_BOOTSTRAP, len(gains)), generator=generator)
         low, high = torch.quantile(gains[rows].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         return low, high
-    margin = sum((quality.margin or 0.0) ** 2 for quality in (with_it, without)) ** 0.5
+    if with_it.margin is None or without.margin is None:
+        return None, None
+    margin = math.hypot(with_it.margin, without.margin)
     return value - margin, value + margin

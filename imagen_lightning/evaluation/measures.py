@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagen_lightning import catalog
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet
 from imagen_lightning.evaluation.drawing import Chain, Drawing
@@ -88,8 +89,14 @@ class Judge:
     """A metric by which stages are judged."""
 
     metric: str
-    higher_is_better: bool
-    percent: bool
+
+    @property
+    def higher_is_better(self) -> bool:
+        return bool(catalog.higher_is_better(self.metric))
+
+    @property
+    def percent(self) -> bool:
+        return catalog.is_percent(self.metric)
 
     def quality(self, measured: Measured) -> float:
         """The number, its sign so that more is better."""
@@ -134,9 +141,9 @@ class Measurer:
 
     def _known(self) -> list[Judge]:
         return [
-            Judge(CAPTION_ACCURACY, True, True),
-            *([Judge(CLIP_SCORE, True, False)] if self.clip is not None else []),
-            *(Judge(extractor.distance_name, False, False) for extractor in self.extractors),
+            Judge(CAPTION_ACCURACY),
+            *([Judge(CLIP_SCORE)] if self.clip is not None else []),
+            *(Judge(extractor.distance_name) for extractor in self.extractors),
         ]
 
     def judge_of(self, metric: str, data: EvaluationSet) -> Judge:

@@ -24,6 +24,8 @@ QUESTIONS = {
 }
 SIDES = ("left", "right", "tie")
 
+ALIKE = 0.1  # an interval within 40% to 60% shows that neither is preferred
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -131,7 +133,11 @@ class Preference:
     def sentence(self) -> str:
         total = self.a + self.b + self.ties
         text = f"{self.question}: A {self.a}, B {self.b}, no difference {self.ties} of {total}"
-        verdict = "A is preferred" if self.low > 0.5 else "B is preferred" if self.high < 0.5 else "no clear preference"
+        if self.low > 0.5 or self.high < 0.5:
+            verdict = "A is preferred" if self.low > 0.5 else "B is preferred"
+        else:
+            alike = max(0.5 - self.low, self.high - 0.5) <= ALIKE
+            verdict = "no preference" if alike else "which is preferred cannot be told from these answers"
         return f"{text}; A's share {self.share_a:.0%} ({self.low:.0%} to {self.high:.0%}): {verdict}"
 
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_lightning.cascade import StageSettings
+from imagen_lightning.catalog import is_percent
 from imagen_lightning.errors import counted
-from imagen_lightning.evaluation.measures import CAPTION_ACCURACY, Judge, Measured
+from imagen_lightning.evaluation.measures import Judge, Measured
 from imagen_lightning.evaluation.points import best_point, pareto
 from imagen_lightning.evaluation.schema import Evaluation, Row
+from imagen_lightning.metrics.alike import is_alike
 
 _SETTINGS = ("guidance", "steps", "aug_level", "sampler")
 _ELSEWHERE = ("precision", "recall", "Inception score")  # on the page and in the file: a line holds no more
@@ -41,7 +43,7 @@ def cell(value: Mapping[str, Any] | None) -> str:
     """A value with its interval, "0.0123 (0.01 to 0.015)"; shares in percent."""
     if value is None:
         return "-"
-    scale, unit = (100, "%") if value["metric"].startswith(CAPTION_ACCURACY) else (1, "")
+    scale, unit = (100, "%") if is_percent(value["metric"]) else (1, "")
     number, low, high = (
         "" if value.get(name) is None else f"{scale * float(value[name]):.3g}{unit}"
         for name in ("value", "low", "high")
@@ -71,15 +73,15 @@ def sweep_verdict(
         return f"{judge.metric}: {cell(value.to_json())} at {settings_of(rows[0])}"
     names = [name for name in _SETTINGS if len({json.dumps(row.settings.get(name)) for row in rows}) > 1]
     parts = [f"best {judge.metric}: {cell(value.to_json())} at {settings_of(rows[best], names)}"]
-    low, high = value.low, value.high
-    if low is not None and high is not None:
-        others = [item.number(judge.metric) for place, item in enumerate(measured) if place != best]
-        equal = sum(low <= number <= high for number in others)
+    others = [item.value(judge.metric) for place, item in enumerate(measured) if place != best]
+    if value.low is None or any(other.low is None for other in others):
+        parts.append("without intervals it cannot be told from the others")
+    elif equal := sum(is_alike(value, other) for other in others):
         parts.append(
-            f"{counted(equal, 'other point')} of {len(others)} within its interval: more samples would tell"
-            if equal
-            else "no other point within its interval"
+            f"{counted(equal, 'other point')} of {len(others)} cannot be told from it: more samples would tell"
         )
+    else:
+        parts.append("every other point is worse by more than chance")
     seconds = {place: row.seconds_per_image for place, row in enumerate(rows) if row.seconds_per_image is not None}
     places = list(seconds)
     front = [places[k] for k in pareto([quality[place] for place in places], list(seconds.values()))]

@@ -22,7 +22,7 @@ from imagen_lightning.finetuning.evidence_copying import (
     neighbours,
 )
 from imagen_lightning.finetuning.evidence_data import TrainingSet
-from imagen_lightning.finetuning.evidence_words import EVERYWHERE, copying_sentence
+from imagen_lightning.finetuning.evidence_words import EVERYWHERE, HELD_OUT, copying_sentence
 from imagen_lightning.images import to_pil
 from imagen_lightning.metrics.features import FeatureExtractor
 from imagen_lightning.metrics.protocol import Protocol
@@ -125,7 +125,7 @@ def find_copies(
         protocol = space.protocol(Protocol("none", image_size=held_out.size, reference=training.sha256,
                                            reference_name=training.name))  # fmt: skip
         value = share_value(AUTHENTICITY, authentic(real[space.name], vectors), protocol)
-        rows.append({"what": "held-out images", "space": space.name, "values": [value.to_json()], "z": None})
+        rows.append({"what": HELD_OUT, "space": space.name, "values": [value.to_json()], "z": None})
     everywhere = [
         {
             "what": group.what,
@@ -135,14 +135,15 @@ def find_copies(
         }
         for group, own in zip(groups, found)
     ]
+    rows = [*everywhere, *rows]
     return {
         "training": training.name,
         "num_training": len(training),
         "of": training.of,
         "held_out": len(held_out),
         "leaks": int((real[PIXELS].distances == 0).sum()),
-        "rows": [*everywhere, *rows],
-        "sentence": copying_sentence(everywhere),
+        "rows": rows,
+        "sentence": copying_sentence(rows),
         "shown": list(_shown(groups, found, real, training, out)),
     }
 

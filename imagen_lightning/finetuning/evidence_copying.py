@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imagen_lightning.catalog import AT_LEAST_WILSON, BOTH_SETS
 from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.confidence import wilson
 from imagen_lightning.metrics.protocol import Protocol, Value
@@ -30,8 +31,6 @@ AUTHENTICITY = "authenticity"
 _NUM_RESAMPLES = 1000
 _AT_ONCE = 50  # resamples in memory
 _BLOCK = 256  # rows of a distance matrix in memory at once
-BOTH_SETS = "95% bootstrap of both sets"
-AT_LEAST_WILSON = f"{BOTH_SETS}, no narrower than Wilson's"
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from imagen_lightning.catalog import higher_is_better, is_deviation, is_percent
 from imagen_lightning.evaluation.measures import CAPTION_ACCURACY, Measured
 from imagen_lightning.files import plain
 from imagen_lightning.metrics.confidence import bootstrap_mean, wilson
 from imagen_lightning.metrics.frechet import FeatureMoments, frechet_influence
 from imagen_lightning.metrics.protocol import Value
-from imagen_lightning.metrics.values import SUBSETS
 
 PAIRED = "95% paired bootstrap"
 PAIRED_SHARES = "95% Newcombe, paired"
 QUADRATURE = "both intervals in quadrature"
-_LOWER = ("FID", "FD-", "CLIP-FID", "KID", "KD-", "CLIP-KID", "LPIPS", "colour shift")
+SMALL_POINTS, SMALL_FRACTION = 0.05, 0.1  # differences within which two values are alike, see `reading`
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,27 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse", or "alike" where the interval holds 0 or is not known."""
-        return reading(self.metric, self.low, self.high)
+        """See `reading`."""
+        return reading(self.metric, self.low, self.high, self.before)
 
     def to_json(self) -> dict[str, Any]:
         return dict(plain({**vars(self), "verdict": self.verdict}))
 
 
-def reading(metric: str, low: float | None, high: float | None) -> str:
-    """What the interval of a difference says of a metric: "better", "worse" or "alike"."""
-    if low is None or high is None or not (low > 0 or high < 0):
-        return "alike"
-    return "better" if (low > 0) == higher_is_better(metric) else "worse"
+def reading(metric: str, low: float | None, high: float | None, before: float) -> str:
+    """Return what the interval of a difference says of a metric.
 
-
-def higher_is_better(metric: str) -> bool:
-    return not metric.startswith(_LOWER)
+    "better" or "worse" where it excludes 0, "alike" where all of it is small (5 points of a metric in percent, 10% of
+    the value before of others), and "unclear" where it holds 0 and large differences too, where it is not known, or
+    where the metric has no direction.
+    """
+    better = higher_is_better(metric)
+    if low is None or high is None or better is None:
+        return "unclear"
+    if low > 0 or high < 0:
+        return "better" if (low > 0) == better else "worse"
+    small = SMALL_POINTS if is_percent(metric) else SMALL_FRACTION * abs(before)
+    return "alike" if max(-low, high) <= small else "unclear"
 
 
 def differences(
@@ -149,5 +154,5 @@ def _quadrature(old: Value, new: Value) -> Difference:
         return _made(old, new, None, None, None)
     below = math.hypot(new.value - new.low, old.high - old.value)
     above = math.hypot(new.high - new.value, old.value - old.low)
-    scale = 1.96 if old.confidence == SUBSETS else 1.0  # a standard deviation is no 95%
+    scale = 1.96 if is_deviation(old.confidence) else 1.0  # a standard deviation is no 95%
     return _made(old, new, value - scale * below, value + scale * above, QUADRATURE)

@@ -26,10 +26,12 @@ def bootstrap_mean(
         seed: of the resamples.
 
     Raises:
-        InputError: fewer than two numbers, a level outside of (0, 1).
+        InputError: fewer than two numbers, NaN among them, a level outside of (0, 1).
     """
     values = numbers.detach().double().cpu().flatten()
     _check(len(values), level)
+    if values.isnan().any():
+        raise InputError(f"{int(values.isnan().sum())} of {len(values)} numbers are NaN and have no interval")
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, _DRAWS // len(values))
     means = []

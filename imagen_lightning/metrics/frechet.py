@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imagen_lightning.errors import InputError, counted
+from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.distributed import all_sum
+from imagen_lightning.metrics.finite import check_finite
 
 _TINY = 1e-7  # a pivot that much smaller than the largest is rounding: its square is beyond float64
 _BLOCK = 256  # columns of a triangular product at once
@@ -76,10 +77,7 @@ class FeatureMoments:
         rows = features.detach().to(self.mean.device, torch.float64)
         mean = rows.mean(dim=0)
         if not mean.isfinite().all():
-            bad = int((~rows.isfinite().all(dim=1)).sum())
-            raise InputError(
-                f"features of {counted(bad, 'image')} are not finite; look at the images and the extractor"
-            )
+            check_finite(rows)
         self._add(len(rows), mean)
         centred = rows - mean
         self.scatter.addmm_(centred.T, centred)
@@ -217,7 +215,8 @@ def frechet_influence(features: Tensor, reference: FeatureMoments) -> Tensor:
         diagonal = (vectors.square() * squares.clamp(min=0).sqrt()).sum(dim=1)
     else:
         squares, vectors = torch.linalg.eigh(scaled.T @ scaled)
-        kept = squares > len(squares) * torch.finfo(squares.dtype).eps * squares[-1]
+        # [-1:] since a constant reference spans no direction at all: its covariance pulls nothing.
+        kept = squares > len(squares) * torch.finfo(squares.dtype).eps * squares[-1:]
         diagonal = ((scaled @ vectors[:, kept]).square() / squares[kept].sqrt()).sum(dim=1)
     pulls = 2 * (centred @ (mean - reference.mean)) + centred.square().sum(dim=1) - len(rows) * diagonal
     return pulls - pulls.mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.metrics.finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ def inception_score(logits: Tensor, *, num_splits: int = 10, seed: int = 0) -> I
         seed: of the shuffle.
 
     Raises:
-        InputError: more splits than samples, or none.
+        InputError: more splits than samples, or none; logits that are not finite.
     """
     if not 1 <= num_splits <= len(logits):
         raise InputError(f"the Inception score of {len(logits)} samples cannot have {num_splits} splits; take fewer")
+    check_finite(logits)
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     log_p = logits.detach().double().log_softmax(dim=1)[order.to(logits.device)]
     scores = []

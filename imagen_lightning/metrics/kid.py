@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.metrics.finite import check_finite
 
 _BLOCK = 2048  # rows of a kernel matrix in memory at once
 _LARGEST = 1000  # samples of a subset, as published
@@ -49,7 +50,7 @@ def kernel_distance(
         seed: of the subsets.
 
     Raises:
-        InputError: subsets larger than a set or of fewer than 2 samples, no subsets.
+        InputError: subsets larger than a set or of fewer than 2 samples, no subsets, features that are not finite.
         ValueError: features that do not fit.
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
@@ -63,6 +64,7 @@ def kernel_distance(
         )
     if num_subsets < 1:
         raise InputError(f"a kernel distance needs at least 1 subset, not {num_subsets}")
+    check_finite(first, second)
     generator = torch.Generator().manual_seed(seed)
     chosen = [
         [torch.randperm(n, generator=generator)[:size] for n in (len(first), len(second))] for _ in range(num_subsets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.metrics.finite import check_finite
 
 _BLOCK = 1024  # rows of a distance matrix in memory at once
 
@@ -47,7 +48,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, num_neighbours: int = 3
         num_neighbours: k.
 
     Raises:
-        InputError: no more than k samples in a set.
+        InputError: no more than k samples in a set, features that are not finite.
         ValueError: features that do not fit.
     """
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
@@ -57,6 +58,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, num_neighbours: int = 3
             f"{num_neighbours} neighbours of {len(generated)} generated and {len(real)} real samples: "
             f"the number must be at least 1 and less than that of the samples"
         )
+    check_finite(generated, real)
     x, y = generated.detach().double(), real.detach().to(generated.device).double()
     is_real, is_covered = _within(x, y, _reach(y, num_neighbours)), _within(y, x, _reach(x, num_neighbours))
     return PrecisionRecall(is_real.cpu(), is_covered.cpu(), num_neighbours)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from imagen_lightning.catalog import BOOTSTRAP, SPLITS, SUBSETS, WILSON
 from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.confidence import bootstrap_frechet, bootstrap_mean, wilson
 from imagen_lightning.metrics.features.base import FeatureExtractor
@@ -20,15 +21,10 @@ from imagen_lightning.metrics.precision_recall import precision_recall
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.metrics.reference import Reference
 
-BOOTSTRAP = "95% bootstrap"
-WILSON = "95% Wilson"
-SUBSETS = "1 std of KID subsets"
-SPLITS = "1 std of splits"
-
 
 def mean_value(metric: str, numbers: Tensor, protocol: Protocol) -> Value:
-    """The mean of N numbers, one a picture; a single one has no interval."""
-    low, high = bootstrap_mean(numbers) if len(numbers) > 1 else (None, None)
+    """The mean of N numbers, one a picture; a single one has no interval, nor have numbers of which one is NaN."""
+    low, high = bootstrap_mean(numbers) if len(numbers) > 1 and not numbers.isnan().any() else (None, None)
     protocol = replace(protocol, metric=metric, num_samples=len(numbers))
     return Value(metric, float(numbers.double().mean()), low, high, protocol, None if low is None else BOOTSTRAP)
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from imagen_lightning.catalog import STANDARD_ERROR
 from imagen_lightning.metrics.protocol import Protocol, Value, columns
 from imagen_lightning.report.differences import differing, flatten, words
 from imagen_lightning.report.runs import Measurement, Run
@@ -129,12 +130,12 @@ def last_values(run: Run, measured: Yardstick) -> list[Value]:
     for name, curve in run.curves.items():
         if name == TRAIN_LOSS:
             last = curve.values[-NUM_LAST:]
-            protocol = measured.protocol(name, f"mean of the last {NUM_LAST} logged values")
+            protocol = measured.protocol(name, f"mean of the last logged values, at most {NUM_LAST}")
             if len(last) < 2:
                 values.append(Value(name, float(last[-1]), None, None, protocol))
                 continue
             mean, error = float(last.mean()), float(last.std(ddof=1)) / math.sqrt(len(last))
-            values.append(Value(name, mean, mean - error, mean + error, protocol, "1 standard error"))
+            values.append(Value(name, mean, mean - error, mean + error, protocol, f"{STANDARD_ERROR} of {len(last)}"))
         elif name == VAL_LOSS or (is_metric(name) and name not in last_of):
             values.append(Value(name, curve.last, None, None, measured.protocol(name)))
     return [*values, *last_of.values()]
@@ -199,12 +200,3 @@ def _letter(place: int) -> str:
     """a … z, aa, ab, …"""
     first, second = divmod(place, 26)
     return (chr(96 + first) if first else "") + chr(97 + second)
-
-
-_LOWER = ("fid", "fd", "kid", "kd", "lpips", "bits", "loss", "shift", "distance", "denoising")
-
-
-def lower_is_better(metric: str) -> bool:
-    """By the metric's name."""
-    plain = metric.lower()
-    return any(word in plain for word in _LOWER)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from imagen_lightning.catalog import CAPTIONS, IMAGES, compares
 from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.metrics.protocol import MADE, Value
@@ -202,8 +203,8 @@ def _pareto(page: Page, lines: Sequence[Line]) -> None:
         compared = [name for name in MADE if name in varied]
         pairs: dict[tuple[str, str, str, str], list[figures.Point]] = {}
         for line, label in zip(own, figures.labels([line.row.settings for line in own])):
-            aligned = [value for value in line.values if figures.is_alignment(value.metric)]
-            faithful = [value for value in line.values if figures.is_fidelity(value.metric)]
+            aligned = [value for value in line.values if compares(value.metric) == CAPTIONS]
+            faithful = [value for value in line.values if compares(value.metric) == IMAGES]
             for x, y in product(aligned, faithful):
                 key = x.metric, y.metric, x.protocol.key(compared), y.protocol.key(compared)
                 pairs.setdefault(key, []).append(figures.Point(x, y, label))

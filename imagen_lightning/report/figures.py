@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imagen_lightning import catalog
 from imagen_lightning.metrics.protocol import Value
-from imagen_lightning.report.comparable import lower_is_better
 from imagen_lightning.report.curves import smooth, thin
 from imagen_lightning.report.markup import Html, element, number
 from imagen_lightning.report.runs import Curve, Measurement, Run
@@ -150,11 +150,9 @@ def by_level(runs: Sequence[tuple[Style, Run]], level: str, x_title: str) -> go.
     """
     found = []
     for style, run in runs:
-        for part, words in (("val", ""), ("train", " (training)")):
-            bins = level_means(run, f"{part}/{level}/")
-            if bins:
-                found.append((style, words, bins))
-                break
+        part = level_part(run, level)
+        if part is not None:
+            found.append((style, " (training)" if part == "train" else "", level_means(run, f"{part}/{level}/")))
     if not found:
         return None
     log_y = spans_decades(np.array([mean for _, _, bins in found for _, _, mean in bins]))
@@ -172,6 +170,11 @@ def by_level(runs: Sequence[tuple[Style, Run]], level: str, x_title: str) -> go.
         trace.name = plain(style.name + words)
         figure.add_trace(trace)
     return figure
+
+
+def level_part(run: Run, level: str) -> str | None:
+    """What a run's loss by level is of: "val", "train" where there is no validation, None where there is none."""
+    return next((part for part in ("val", "train") if level_means(run, f"{part}/{level}/")), None)
 
 
 def level_means(run: Run, prefix: str) -> list[tuple[float, float, float]]:
@@ -199,7 +202,7 @@ class Point:
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The points that none beats in both values, by rising x."""
-    x_sign, y_sign = (-1 if lower_is_better(value.metric) else 1 for value in (points[0].x, points[0].y))
+    x_sign, y_sign = (1 if catalog.higher_is_better(value.metric) else -1 for value in (points[0].x, points[0].y))
 
     def beats(one: Point, other: Point) -> bool:
         x, y = x_sign * (one.x.value - other.x.value), y_sign * (one.y.value - other.y.value)
@@ -253,7 +256,8 @@ def _range(values: Sequence[float]) -> list[float]:
 
 
 def _axis(metric: str) -> str:
-    return f"{metric} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
+    way = {True: " (higher is better)", False: " (lower is better)", None: ""}[catalog.higher_is_better(metric)]
+    return f"{metric}{way}"
 
 
 def _words(point: Point) -> str:
@@ -283,16 +287,6 @@ def _bars(values: Sequence[Value], style: Style) -> Mapping[str, Any]:
         "width": 2,
         "color": f"rgba({red},{green},{blue},0.4)",
     }
-
-
-def is_fidelity(metric: str) -> bool:
-    """FID, FD-random, KID and their like: pictures against pictures."""
-    return metric.upper().startswith(("FID", "FD", "KID", "CLIP-FID"))
-
-
-def is_alignment(metric: str) -> bool:
-    """CLIP score and caption accuracy: pictures against captions."""
-    return metric.lower().replace("_", " ") in ("clip score", "clipscore", "caption accuracy")
 
 
 def settings_that_vary(rows: Sequence[Mapping[str, Any]]) -> list[str]:

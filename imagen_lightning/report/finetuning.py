@@ -8,10 +8,11 @@ from typing import Any
 
 from PIL import Image
 
+from imagen_lightning.catalog import is_percent
 from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.finetuning.evidence_schema import Evidence, Part
-from imagen_lightning.finetuning.evidence_words import is_share, leak_words
+from imagen_lightning.finetuning.evidence_words import leak_words
 from imagen_lightning.metrics.protocol import MADE, Value
 from imagen_lightning.report import figures
 from imagen_lightning.report.comparable import value_columns
@@ -25,7 +26,7 @@ from imagen_lightning.report.values import protocol_facts, protocol_list, value_
 
 SIDES = ("before", "after", "real")
 CELL, GAP = 144, 8  # px of a picture on the page, and between pictures
-_WORDS = {"better": "better", "worse": "worse", "alike": "within chance"}
+_WORDS = {"better": "better", "worse": "worse", "alike": "alike", "unclear": "cannot tell"}
 _COPYING = {
     "near copies": "Samples that lie nearer to a training image than all but 5% of held-out images, by distance and "
     "by its ratio to the mean distance to the nearest 50: near to one, not to all as blurred pictures are",
@@ -166,7 +167,7 @@ def _differences(found: Sequence[Mapping[str, Any]], title: str = "Metric of the
     head: list[Column | str] = [
         title,
         *(Column(title, numeric=True) for title in ("Before", "After", "Difference")),
-        Column("Reading", "Whether the interval of the difference excludes 0"),
+        Column("Reading", "Better or worse where the interval of the difference excludes 0; alike where it is small"),
     ]
     rows = [
         [
@@ -193,8 +194,8 @@ def _difference(item: Mapping[str, Any]) -> Cell:
 def _shown(metric: str, value: Any, sign: bool = False) -> str:
     """A number for people: shares in percent, their differences in points."""
     plain = _float(value)
-    text = f"{100 * plain:.1f}" if is_share(metric) else measured(plain, 3)
-    unit = "" if not is_share(metric) else " points" if sign else "%"
+    text = f"{100 * plain:.1f}" if is_percent(metric) else measured(plain, 3)
+    unit = "" if not is_percent(metric) else " points" if sign else "%"
     return ("+" if sign and plain > 0 else "") + text + unit
 
 

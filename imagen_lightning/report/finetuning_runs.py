@@ -37,7 +37,7 @@ def run_cost(folder: str | Path, problems: Problems) -> dict[str, Any]:
     run = read_run(path, problems)
     speed = run.curves.get(SPEED)
     seconds = None if speed is None else float(speed.values.mean())
-    steps = None if run.step is None else run.step + 1
+    steps = run.num_steps
     settings = {name: str(value) for name, value in flatten(run.config).items() if _SETTINGS.match(name)}
     files = sorted(path.rglob("*.safetensors"))
     return {

@@ -88,7 +88,7 @@ def _runs(section: Section, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequ
     head = [
         Column("Run", "Ticked runs are drawn in figures and samples", before=all_runs),
         Column("Stage"),
-        Column("Last step", "The last one that was logged", numeric=True),
+        Column("Steps", "Optimizer steps behind the last number that was logged", numeric=True),
         *(Column(value_title(column), value_hint(column), numeric=True) for column in columns),
         Column("Images/s", "Median of what was logged, on the machine of the run", numeric=True),
         *([Column("Skipped", "Samples that could not be used", numeric=True)] if skipped else []),
@@ -100,7 +100,7 @@ def _runs(section: Section, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequ
             [
                 Cell(element("label", tick, style.swatch(), element("span", run.name), class_="run"), run.name),
                 comparable.stage_words(run) if run.config else Cell("unknown", None),
-                Cell(number(run.step), run.step),
+                Cell(number(run.num_steps), run.num_steps),
                 *(value_cell(column, place) for column in columns),
                 _speed(run),
                 *([Cell(number(run.num_skipped), run.num_skipped)] if skipped else []),
@@ -149,6 +149,9 @@ def _losses(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -
         section.add(element("h4", label), element("div", *shown, class_="plots"))
 
 
+_LEVELS = {"val": "means of the last validation", "train": "means over the training steps of the last interval"}
+
+
 def _levels(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -> None:
     kinds = (
         ("loss_t", "Loss by noise level", "t: 0 is data, 1 is noise"),
@@ -160,12 +163,14 @@ def _levels(page: Page, groups: Sequence[tuple[str, list[tuple[Style, Run]]]]) -
         for level, title, x_title in kinds:
             figure = figures.by_level(runs, level, x_title)
             if figure is not None:
-                shown.append(page.plot(figure, title, switches=["log"]))
+                found = {part for _, run in runs if (part := figures.level_part(run, level)) is not None}
+                note = ", ".join(_LEVELS[part] for part in sorted(found))
+                shown.append(page.plot(figure, title, note[0].upper() + note[1:], switches=["log"]))
         if shown:
             boxes += [element("h4", label), element("div", *shown, class_="plots")]
     if boxes:
         section = page.section("Noise levels", "levels")
-        section.add(element("p", "Means of the last validation in bins of the level.", class_="hint"), *boxes)
+        section.add(*boxes)
 
 
 def _metrics(page: Page, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequence[Yardstick]) -> None:

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from imagen_lightning.catalog import is_of_weights
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
 CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
+FAILURES = "failures.jsonl"
 VALUES, VERDICT = "values.jsonl", "verdict.json"
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _T = TypeVar("_T")
@@ -83,9 +85,10 @@ class Run:
     num_skipped: int | None = None
 
     @property
-    def step(self) -> int | None:
-        """The last step that was logged."""
-        return max((int(curve.steps[-1]) for curve in self.curves.values()), default=None)
+    def num_steps(self) -> int | None:
+        """Optimizer steps behind the last number that was logged; None where none was."""
+        ends = [int(curve.steps[-1]) + (not is_of_weights(name)) for name, curve in self.curves.items()]
+        return max([*ends, *(item.step for item in self.measurements)], default=None)
 
     @property
     def is_empty(self) -> bool:
@@ -104,6 +107,8 @@ def read_run(folder: Path, problems: Problems) -> Run:
     if not (folder / METRICS).exists():
         problems.add(folder, f"no {METRICS}: nothing was logged yet")
     curves = _read(folder / METRICS, lambda text: _curves(text, folder / METRICS, problems), problems) or {}
+    for words in _read(folder / FAILURES, _failures, problems) or []:
+        problems.add(folder, words)
     counts = [curve.last for name, curve in curves.items() if name.startswith("data/skipped/")]
     skipped = sum(int(count) for count in counts if math.isfinite(count))
     return Run(
@@ -154,6 +159,15 @@ def _verdict(text: str) -> list[str]:
     if not isinstance(sentences, list):
         raise ValueError("no verdict")
     return [f"{sentence} (step {step})" for sentence in sentences or ["nothing ails"]]
+
+
+def _failures(text: str) -> list[str]:
+    """What callbacks could not measure, in words."""
+    lines = [_mapping_of(json.loads)(line) for line in text.splitlines()]
+    return [
+        f"{line.get('callback')} failed at step {line.get('step')} and logged nothing there: {line.get('error')}"
+        for line in lines
+    ]
 
 
 def _measurements(text: str, path: Path, problems: Problems) -> list[Measurement]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Tried:
         value: the metric's last one, None where there is none.
         values: every parameter's, by name.
         folder: its run folder.
-        seconds: that its processes took.
+        seconds: that its processes took, over all starts.
         problem: what went wrong, None where nothing did.
     """
 
@@ -54,6 +54,7 @@ class FoundSweep:
         study: the storage's address.
         trials: by number.
         importance: of parameters, sums to 1; {} where too little is known.
+        scales: "log" or "linear" by the parameters that were searched so; no entry for listed values.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class FoundSweep:
     study: str
     trials: Sequence[Tried]
     importance: Mapping[str, float]
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[Tried]:
@@ -111,7 +113,13 @@ def read_sweep(folder: Path, problems: Problems) -> FoundSweep | None:
     ]
     metric = str(info.get("metric") or (study.metric_names or ["metric"])[0])
     maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
-    return FoundSweep(folder, str(info["name"]), metric, maximize, address, trials, _importance(study))
+    scales = {
+        name: "log" if getattr(distribution, "log", False) else "linear"
+        for trial in study.get_trials(deepcopy=False)
+        for name, distribution in trial.distributions.items()
+        if not isinstance(distribution, optuna.distributions.CategoricalDistribution)
+    }
+    return FoundSweep(folder, str(info["name"]), metric, maximize, address, trials, _importance(study), scales)
 
 
 def _tried(trial: Any, folder: Path) -> Tried:

@@ -70,7 +70,7 @@ def parallel(sweep: FoundSweep) -> go.Figure:
     from plotly.colors import sample_colorscale
 
     trials = sweep.finished[:_MOST_LINES]
-    axes = [_axis(short(name), [trial.values.get(name) for trial in trials]) for name in sweep.names]
+    axes = [_axis(short(n), [trial.values.get(n) for trial in trials], sweep.scales.get(n)) for n in sweep.names]
     axes.append(_axis(sweep.metric, [trial.value for trial in trials]))
     figure = figures.empty("", named=False)
     shades = sample_colorscale("Viridis", [place / max(1, len(trials) - 1) for place in range(len(trials))])
@@ -122,15 +122,26 @@ class Axis:
     ticks: Sequence[tuple[float, str]]
 
 
-def _axis(label: str, values: Sequence[Any]) -> Axis:
+def _axis(label: str, values: Sequence[Any], scale: str | None = None) -> Axis:
+    """An axis of numbers or of texts.
+
+    Args:
+        label: of the axis.
+        values: by trial.
+        scale: "log" or "linear", as the parameter was searched; None takes "log" for positive numbers over a factor of
+            100.
+    """
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         low, high = min(values), max(values)
-        if low > 0 and high > 300 * low:
+        if low > 0 and (scale == "log" or (scale is None and high >= 100 * low)):
             logs = [math.log10(value) for value in values]
-            span = max(logs) - min(logs)
-            ticks = [math.ceil(min(logs) - 1e-9) + step for step in range(int(span) + 1)]
-            places = [((tick - min(logs)) / span, f"1e{tick}") for tick in ticks if tick <= max(logs) + 1e-9]
-            return Axis(f"{label} (log)", [(log - min(logs)) / span for log in logs], places)
+            first, span = min(logs), max(logs) - min(logs)
+            decades = range(math.ceil(first - 1e-9), math.floor(max(logs) + 1e-9) + 1)
+            ticks = [(float(tick), f"1e{tick}") for tick in decades]
+            if len(ticks) < 2:
+                ticks = [(math.log10(value), number(float(f"{value:.3g}"))) for value in dict.fromkeys((low, high))]
+            heights = [(log - first) / span if span else 0.5 for log in logs]
+            return Axis(f"{label} (log)", heights, [((at - first) / span if span else 0.5, text) for at, text in ticks])
         span = high - low
         heights = [(value - low) / span if span else 0.5 for value in values]
         kinds = sorted(set(values))
@@ -206,6 +217,8 @@ def verdict(sweep: FoundSweep) -> list[str]:
     best = finished[0]
     made = [f"best {sweep.metric}: {number(best.value)}, trial {best.number} ({_settings(best.values, sweep.names)})"]
     ranked = groups(sweep)
+    if not ranked and len(finished) > 1:
+        made.append("no setting has two seeds: how much of the difference is chance cannot be told from these trials")
     if len(ranked) > 1:
         first, second = ranked[:2]
         names = [name for name in sweep.names if name not in SEEDS]

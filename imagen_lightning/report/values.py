@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
+from imagen_lightning.catalog import higher_is_better
 from imagen_lightning.errors import counted
+from imagen_lightning.metrics.alike import is_alike
 from imagen_lightning.metrics.protocol import Protocol, Value
-from imagen_lightning.report.comparable import ValueColumn, lower_is_better
+from imagen_lightning.report.comparable import ValueColumn
 from imagen_lightning.report.figures import setting
 from imagen_lightning.report.markup import Html, element, join, measured
 from imagen_lightning.report.page import Cell
@@ -40,8 +43,8 @@ def value_title(column: ValueColumn) -> Html:
 
 def value_hint(column: ValueColumn) -> str:
     """What the pointer tells of the title."""
-    way = "lower" if lower_is_better(column.first.metric) else "higher"
-    return f"{way} is better; protocol {column.letter} is described under the table"
+    way = {True: "higher is better; ", False: "lower is better; ", None: ""}[higher_is_better(column.first.metric)]
+    return f"{way}protocol {column.letter} is described under the table"
 
 
 def value_cell(column: ValueColumn, row: int) -> Cell:
@@ -50,8 +53,7 @@ def value_cell(column: ValueColumn, row: int) -> Cell:
     if value is None:
         return Cell("–")
     shown = measured(value.value)
-    best = _best(list(column.values.values()))
-    text = element("strong", shown) if best is not None and value.value == best else Html(shown)
+    text = element("strong", shown) if row in best_rows(column) else Html(shown)
     if value.low is None or value.high is None:
         return Cell(text, value.value, "no interval known")
     interval = element("span", f"{measured(value.low)} – {measured(value.high)}", class_="range")
@@ -60,11 +62,19 @@ def value_cell(column: ValueColumn, row: int) -> Cell:
     )
 
 
-def _best(values: Sequence[Value]) -> float | None:
-    numbers = [value.value for value in values if value.value == value.value]
-    if min(numbers, default=0) == max(numbers, default=0):
-        return None
-    return min(numbers) if lower_is_better(values[0].metric) else max(numbers)
+def best_rows(column: ValueColumn) -> set[int]:
+    """The rows whose value is the best, or cannot be told from it; none where that holds for all, or nothing is known.
+
+    Two values are told apart where they are shown by different digits and neither's interval holds the other.
+    """
+    better = higher_is_better(column.first.metric)
+    known = {row: value for row, value in column.values.items() if not math.isnan(value.value)}
+    if better is None or len(known) < 2:
+        return set()
+    best = (max if better else min)(known.values(), key=lambda value: value.value)
+    shown = measured(best.value)
+    alike = {row for row, value in known.items() if measured(value.value) == shown or is_alike(value, best)}
+    return alike if len(alike) < len(column.values) else set()
 
 
 def interval_words(value: Value) -> str:
@@ -113,8 +123,8 @@ def _directions(columns: Sequence[ValueColumn]) -> Html:
     parts = [
         f"{way} is better: {', '.join(found)}"
         for way, found in (
-            ("Lower", [metric for metric in metrics if lower_is_better(metric)]),
-            ("Higher", [metric for metric in metrics if not lower_is_better(metric)]),
+            ("Lower", [metric for metric in metrics if higher_is_better(metric) is False]),
+            ("Higher", [metric for metric in metrics if higher_is_better(metric)]),
         )
         if found
     ]

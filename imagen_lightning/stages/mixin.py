@@ -27,6 +27,7 @@ from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, un
 from imagen_lightning.images import to_float
 from imagen_lightning.networks import LoRA, lora
 from imagen_lightning.samplers.common import noise_like
+from imagen_lightning.stages.means import Means
 from imagen_lightning.stages.optimization import Optimization
 from imagen_lightning.stages.settings import Execution, Sampling, TextSettings
 from imagen_lightning.text import PseudoTokens
@@ -64,6 +65,8 @@ class DiffusionMixin:
     base_digest: str | None = None  # of the weights that the adapter was put on
     null_embedding: nn.Parameter
     record: StepRecord | None
+    mean_loss: Means  # of training, since it was last logged
+    mean_val_loss: Means
     origin: dict[str, Any] | None = None  # where imported or inherited weights come from, licences included: plain data
 
     def prepare(self) -> None:
@@ -86,6 +89,7 @@ class DiffusionMixin:
             self.network.compile()
         self.optimization.freeze_parameters(self)  # type: ignore[arg-type]
         self.record = None
+        self.mean_loss, self.mean_val_loss = Means(), Means()
 
     def attach_adapter(self, adapter: LoRA) -> None:
         """Gives a stage that has its weights an adapter, which alone is trained from here on."""
@@ -136,14 +140,33 @@ class DiffusionMixin:
         losses, times = self.diffusion_loss(x0, conditioning, batch.positions, self.seed)
         self.record = StepRecord(batch.keys, times, losses.detach(), conditioning.aug_level)
         loss = (losses if batch.weights is None else batch.weights * losses).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))  # type: ignore[attr-defined]
+        self._log_loss(loss.detach(), len(batch))
         return loss
+
+    def _log_loss(self, loss: Tensor, count: int) -> None:
+        """Log the mean loss since it was last written; over all processes at the batches at which it is."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is None:
+            return
+        self.mean_loss.add(loss[None], weight=count)
+        connector = trainer._logger_connector
+        is_written = connector.should_update_logs or trainer.fast_dev_run
+        if is_written and not trainer.fit_loop._should_accumulate():
+            total, number = self.mean_loss.take(trainer.strategy, loss.device)
+        else:
+            total, number = self.mean_loss.totals  # type: ignore[misc]  # of this process, for the progress bar
+        self.log("train/loss", (total / number)[0].float(), prog_bar=True, batch_size=count)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         x0, conditioning = self.condition(batch, VALIDATION_SEED, training=False)
         losses, times = self.diffusion_loss(x0, conditioning, batch.positions, VALIDATION_SEED, training=False)
         self.record = StepRecord(batch.keys, times, losses, conditioning.aug_level)
-        self.log("val/loss", losses.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)  # type: ignore[attr-defined]
+        self.mean_val_loss.add(losses)
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning's own mean over processes truncates odd numbers of samples.
+        total, number = self.mean_val_loss.take(self.trainer.strategy, self.device)  # type: ignore[attr-defined]
+        self.log("val/loss", (total / number)[0].float(), prog_bar=True, batch_size=1, sync_dist=True)  # type: ignore[attr-defined]
 
     def diffusion_loss(
         self, x0: Tensor, conditioning: Conditioning, positions: Tensor, seed: int, training: bool = True
@@ -337,6 +360,9 @@ class DiffusionMixin:
 
     # ---- Lightning
 
+    def setup(self, stage: str) -> None:
+        self.mean_loss, self.mean_val_loss = Means(), Means()  # a new run; a checkpoint's is loaded after this
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.make(self)  # type: ignore[arg-type]
         # Not trainer.estimated_stepping_batches: reading it drops the loader's state (Lightning #20550).
@@ -352,9 +378,13 @@ class DiffusionMixin:
         checkpoint["origin"] = self.origin
         checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["base_digest"] = self.base_digest
+        if (trainer := getattr(self, "_trainer", None)) is not None:
+            checkpoint["mean_loss"] = self.mean_loss.parts(trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.origin = checkpoint.get("origin")
+        if (trainer := getattr(self, "_trainer", None)) is not None and "mean_loss" in checkpoint:
+            self.mean_loss.restore(checkpoint["mean_loss"], trainer.global_rank, trainer.world_size)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The stage's arguments as plain data, without those that only training uses."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from imagen_lightning.catalog import higher_is_better
 from imagen_lightning.errors import InputError
 from imagen_lightning.sweeps.distributions import (
     Categorical,
@@ -176,6 +177,12 @@ def _metric(content: Any) -> Metric:
     goal = content.get("goal", "minimize")
     if goal not in ("minimize", "maximize"):
         raise InputError(f"metric.goal is {goal!r}; use minimize or maximize")
+    better = higher_is_better(content["name"])
+    if better is not None and better != (goal == "maximize"):
+        given = "is" if "goal" in content else "defaults to"
+        way, right = ("higher", "maximize") if better else ("lower", "minimize")
+        name = content["name"]
+        raise InputError(f"metric.goal {given} {goal}, but {name!r} is better when {way}; set goal: {right}")
     return Metric(content["name"], goal == "maximize")
 
 

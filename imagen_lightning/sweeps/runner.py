@@ -25,8 +25,8 @@ from imagen_lightning.sweeps.process import TrialProcess
 if TYPE_CHECKING:
     from optuna.study import Study
 
-OWNER, FOLDER, COMMAND, PROBLEM, STOPPED, ATTEMPTS, SECONDS = (
-    *("owner", "folder", "command", "problem", "stopped", "attempts", "seconds"),
+OWNER, FOLDER, COMMAND, PROBLEM, STOPPED, ATTEMPTS, SECONDS, STARTED = (
+    *("owner", "folder", "command", "problem", "stopped", "attempts", "seconds", "started"),
 )
 MOST_ATTEMPTS = 3  # of a trial whose process a signal ended
 PATIENCE = 600.0  # seconds for a process to finish its step and save
@@ -123,10 +123,19 @@ class Runner:
             if trial.user_attrs.get(OWNER, self.folder.owner if self.folder.is_alone else None) != self.folder.owner:
                 continue
             process.end_orphan(self.folder.process(trial.number), self.patience)
+            self._add_lost_seconds(trial)
             if trial.user_attrs.get(STOPPED):
                 self._end(Trial(self.study, trial._trial_id), TrialState.PRUNED, "stopped early")
             else:
                 self._waiting.append(trial)
+
+    def _add_lost_seconds(self, trial: FrozenTrial) -> None:
+        """Adds the time from a start whose end a killed sweep did not see to its process's last sign of life."""
+        started = trial.user_attrs.get(STARTED)
+        if started is not None:
+            known = Trial(self.study, trial._trial_id)
+            last = metric.last_written(self.folder.log(trial.number), self.folder.trial(trial.number))
+            _add_seconds(known, max(0.0, (last or started) - started))
 
     def _again(self, frozen: FrozenTrial) -> Trial:
         """A trial to go on with, as `ask` would have made it whole."""
@@ -166,6 +175,7 @@ class Runner:
             trial.set_user_attr(COMMAND, words)
             trial.set_user_attr("values", search.values_of(self.sweep, trial.params))
         trial.set_user_attr(ATTEMPTS, attempts)
+        trial.set_user_attr(STARTED, time.time())
         made = command.environment(self.folder.trial(number), self.sweep.name, slot.threads, slot.device)
         self.folder.trial(number).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -199,8 +209,7 @@ class Runner:
                 active.running.kill()
             return
         self._active.remove(active)
-        before = float(active.trial.user_attrs.get(SECONDS, 0.0))
-        active.trial.set_user_attr(SECONDS, round(before + time.monotonic() - active.started, 2))
+        _add_seconds(active.trial, time.monotonic() - active.started)
         self._ended(active, code, found)
 
     def _ended(self, active: Active, code: int, found: list[tuple[int, float]]) -> None:
@@ -269,6 +278,12 @@ class Runner:
             elif active.asked is None:
                 active.asked = time.monotonic()
                 active.running.terminate()
+
+
+def _add_seconds(trial: Trial, seconds: float) -> None:
+    """Adds the time of one start of a trial to that of its earlier starts."""
+    trial.set_user_attr(SECONDS, round(float(trial.user_attrs.get(SECONDS, 0.0)) + seconds, 2))
+    trial.set_user_attr(STARTED, None)
 
 
 def trial_command(sweep: SweepFile, params: dict[str, Any], folder: SweepFolder, number: int) -> list[str]:

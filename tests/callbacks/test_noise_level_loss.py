@@ -4,11 +4,9 @@ import csv
 from collections import defaultdict
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 
 from imagen_lightning.callbacks import NoiseLevelLoss, RunCSVLogger
-from imagen_lightning.callbacks.noise_level_loss import LevelMeans
 from imagen_lightning.types import InputError
 
 
@@ -62,21 +60,6 @@ def test_means_by_bin_at_the_right_steps(fit, make_base, make_sr, tmp_path, kind
         assert found == pytest.approx(wanted, rel=1e-5)
     assert rows[2]["val/loss"] == pytest.approx(sum(r.losses.sum().item() for r in records.val) / 6, rel=1e-5)
     assert not any(key.startswith("train/loss_t") for key in rows[0])
-
-
-def test_processes_add_sums_and_counts():
-    class Strategy:
-        def reduce(self, totals, reduce_op):
-            assert reduce_op == "sum"
-            return totals + torch.tensor([[6.0, 1.0], [2.0, 1.0]])  # the other process
-
-    class Trainer:
-        strategy = Strategy()
-
-    means = LevelMeans(2)
-    means.add(torch.tensor([0.1, 0.49]), torch.tensor([1.0, 2.0]))
-    assert means.pop(Trainer, torch.device("cpu")) == {"0.00-0.50": 9 / 4, "0.50-1.00": 1.0}
-    assert means.pop(Trainer, torch.device("cpu"))["0.00-0.50"] == 3.0
 
 
 def test_refuses_no_bins():

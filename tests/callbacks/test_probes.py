@@ -31,6 +31,12 @@ def numbers(mean, z=None, num=64):
     return mean + spread * (0 if z is None else abs(mean / z) * num**0.5 / float(spread.std()))
 
 
+def spread(mean, error, num=64):
+    """64 numbers of a mean and its standard error."""
+    line = torch.linspace(-1, 1, num, dtype=torch.float64)
+    return mean + line * error * num**0.5 / float(line.std())
+
+
 def verdict(ratio=0.1, text=None, shift=None):
     return Findings(numbers(ratio), text, None if shift is None else numbers(shift)).verdict()
 
@@ -44,7 +50,9 @@ def test_words_at_the_thresholds():
     assert noise.startswith(f"still noise at t<0.2: the error is {MAX_DENOISING_RATIO + 0.01:.2f} of that with no know")
     assert "keep training" in noise
     (text,) = verdict(text=ignored)
-    assert text.startswith("text is ignored: true captions save 2.00% of the error, 3.0 standard errors")
+    assert text.startswith(
+        "whether text is heard cannot be told: true captions save 2.00% of the error, 3.0 standard e"
+    )
     assert verdict(text=numbers(MIN_TEXT_GAIN + 1e-4, 9)) == []
     assert verdict(text=numbers(MIN_TEXT_GAIN - 1e-4, 9))[0].startswith("text is ignored: true captions save 0.19% of")
     assert verdict(text=numbers(-0.02, 9))[0].startswith(
@@ -116,6 +124,28 @@ def test_an_untrained_base_is_noise_and_ignores_text(fit, make_base, make_data, 
     content = json.loads((tmp_path / "verdict.json").read_text())
     assert (content["step"], content["stage"]) == (1, "base")
     assert said(content["verdict"]) == ["still noise at t<0.2", "text is ignored"]
+
+
+@pytest.mark.parametrize(
+    ("found", "head"),
+    [
+        (Findings(spread(0.3, 0.05), None, None), None),
+        (Findings(spread(0.7, 0.05), None, None), "still noise at t<0.2"),
+        (Findings(spread(0.45, 0.05), None, None), "whether noise at t<0.2 is removed cannot be told"),
+        (Findings(spread(0.55, 0.05), None, None), "whether noise at t<0.2 is removed cannot be told"),
+        (Findings(numbers(0.1), None, spread(2, 1)), None),
+        (Findings(numbers(0.1), None, spread(9, 1)), "colour drifts"),
+        (Findings(numbers(0.1), None, spread(6, 1)), "whether colour drifts cannot be told"),
+        (Findings(numbers(0.1), None, torch.tensor([3.0])), "whether colour drifts cannot be told"),
+        (Findings(numbers(0.1), spread(0.05, 0.01), None), None),
+        (Findings(numbers(0.1), spread(0.0, 0.005), None), "text is ignored"),
+        (Findings(numbers(0.1), spread(0.0, 0.05), None), "whether text is heard cannot be told"),
+        (Findings(numbers(0.1), spread(0.04, 0.02), None), "whether text is heard cannot be told"),
+        (Findings(numbers(0.1), torch.zeros(0), None), "whether text is heard cannot be told"),
+    ],
+)
+def test_each_sentence_says_yes_no_or_that_it_cannot_tell(found, head):
+    assert said(found.verdict()) == ([] if head is None else [head])
 
 
 class Shuffle(Callback):
@@ -192,6 +222,8 @@ def test_a_stage_without_text_or_with_one_caption_alone_has_no_text_to_ignore(
     fit([Probes(num_samples=16)], steps=1, datamodule=data, folder=tmp_path / "run")
     for folder in (tmp_path, tmp_path / "run"):
         assert [entry["name"] for entry in read_values(folder)] == ["base/denoising_ratio"]
+    words = [json.loads((folder / "verdict.json").read_text())["verdict"] for folder in (tmp_path, tmp_path / "run")]
+    assert [any("whether text is heard" in sentence for sentence in found) for found in words] == [False, True]
 
 
 def test_what_changes_is_said(fit, tmp_path, caplog, monkeypatch):

@@ -46,8 +46,12 @@ class Seen(SampledMetric):
     def prepare(self, given):
         self.given = given
 
-    def measure(self, images, given, protocol):
-        self.seen.append((images, protocol))
+    def look(self, images, given):
+        self.images = images
+        return given.positions
+
+    def value(self, found, protocol):
+        self.seen.append((self.images, protocol))
         return Value("seen", 0.0, None, None, replace(protocol, metric="seen"))
 
 

@@ -43,10 +43,29 @@ def test_what_chance_may_give_names_no_stage():
     assert few.sentence().startswith("no stage stands out by caption accuracy")
     nothing = judge("caption accuracy", STAGES, shares(40, 40, 40, count=40), higher_is_better=True, percent=True)
     assert not nothing.is_clear
+    assert nothing.sentence().startswith("no stage costs much by caption accuracy: the cascade loses 0 points")
+    many = judge("caption accuracy", STAGES, shares(3800, 3900, 4000, count=4000), higher_is_better=True, percent=True)
+    assert many.sentence().startswith("no stage costs much by caption accuracy: the cascade loses 5 points")
+
+
+@pytest.mark.parametrize(
+    ("margins", "start"),
+    [
+        ((1.0, 1.0, 0.0), "base costs the most"),
+        ((1.0, 9.0, 0.0), "no stage stands out"),  # sr_64 may cost as much
+        ((9.0, 1.0, 9.0), "no stage stands out"),
+        ((None, 1.0, 0.0), "which stage costs the most by FID cannot be told without intervals"),
+        ((1.0, None, 0.0), "which stage costs the most by FID cannot be told without intervals"),
+        ((1.0, 1.0, None), "no stage stands out"),
+    ],
+)
+def test_what_is_not_known_is_not_taken_for_certain(margins, start):
+    qualities = [Quality(value, margin=margin) for value, margin in zip((12.0, 3.0, 0.0), margins)]
+    assert judge("FID", STAGES, qualities, higher_is_better=False, percent=False).sentence().startswith(start)
 
 
 def test_a_distance_costs_where_it_falls():
-    qualities = [Quality(12.0, margin=1.5), Quality(3.0, margin=2.0), Quality(0.0)]
+    qualities = [Quality(12.0, margin=1.5), Quality(3.0, margin=2.0), Quality(0.0, margin=0.0)]
     found = judge("FID", STAGES, qualities, higher_is_better=False, percent=False)
     base, sr = found.costs
     assert base.value == 9.0

@@ -9,7 +9,7 @@ from imagen_lightning.evaluation.schema import Evaluation, Row
 from imagen_lightning.evaluation.words import cell, sweep_verdict, table
 from imagen_lightning.metrics.protocol import Protocol, Value
 
-JUDGE = Judge(CAPTION_ACCURACY, True, True)
+JUDGE = Judge(CAPTION_ACCURACY)
 
 
 def value(number, margin=0.02, metric=CAPTION_ACCURACY):
@@ -41,15 +41,28 @@ def sweep(cascade):
 def test_the_best_and_the_quicker_ones(sweep):
     text = sweep_verdict(*sweep([0.5, 0.4, 0.8, 0.79], [1.0, 2.0, 3.0, 4.0]), [JUDGE])
     assert text == (
-        "best caption accuracy: 80% (78% to 82%) at steps 3,2; 1 other point of 3 within its interval: more samples "
-        "would tell; quicker, and the best at their time: steps 1,2 (50% (48% to 52%), 1 s/image)"
+        "best caption accuracy: 80% (78% to 82%) at steps 3,2; 1 other point of 3 cannot be told from it: more "
+        "samples would tell; quicker, and the best at their time: steps 1,2 (50% (48% to 52%), 1 s/image)"
     )
 
 
 def test_a_point_without_a_time_is_not_quick(sweep):
     text = sweep_verdict(*sweep([0.5, 0.8], [None, 3.0]), [JUDGE])
-    assert text == "best caption accuracy: 80% (78% to 82%) at steps 2,2; no other point within its interval"
+    assert (
+        text == "best caption accuracy: 80% (78% to 82%) at steps 2,2; every other point is worse by more than chance"
+    )
     assert "s/image" not in sweep_verdict(*sweep([0.5, 0.8], [1.0, None]), [JUDGE])
+
+
+def test_a_best_point_without_intervals_is_not_told_from_the_others(sweep):
+    rows, settings, measured = sweep([0.5, 0.8], [1.0, 1.0])
+    alone = [Measured((replace(item.values[0], low=None, high=None, confidence=None),)) for item in measured]
+    for some in ([alone[0], measured[1]], [measured[0], alone[1]], alone):
+        assert sweep_verdict(rows, settings, some, [JUDGE]).endswith(
+            "without intervals it cannot be told from the others"
+        )
+    wide = [Measured((value(0.5, 0.4),)), measured[1]]  # the other one's interval holds the best
+    assert "1 other point of 1 cannot be told from it" in sweep_verdict(rows, settings, wide, [JUDGE])
 
 
 def test_one_point_and_none(sweep):

@@ -39,23 +39,78 @@ def test_a_change_in_words(given, words):
 
 
 def test_a_part_in_words():
-    differences = [difference("FD-random"), difference(reading="alike")]
-    assert part_sentence(differences, "caption accuracy").endswith("+73): no difference beyond chance.")
+    for reading, end in (("better", "better"), ("alike", "no difference that matters"), ("unclear", "from these")):
+        differences = [difference("FD-random"), difference(reading=reading)]
+        assert part_sentence(differences, "caption accuracy").endswith(f"{end}.")
     assert part_sentence(differences, "caption accuracy").startswith("Caption accuracy rose")
     assert "give --clip" in part_sentence(differences, None)
 
 
-def rows(low, space=EVERYWHERE):
-    value = {"metric": "near copies", "value": 0.3, "low": low, "high": 0.4}
-    return [{"what": "held-out captions", "space": space, "values": [value]}]
+def near(metric, value, low, high):
+    return {"metric": metric, "value": value, "low": low, "high": high}
 
 
-def test_copying_is_judged_by_what_is_sure_in_all_spaces():
-    assert copying_verdict(rows(0.06)) == "copies"
-    assert copying_verdict(rows(0.05)) == "none"
-    assert copying_verdict(rows(0.9, "pixels")) == "none"
-    assert "30% (6 to 40) of held-out captions; of held-out images at most 5%" in copying_sentence(rows(0.06))
-    assert copying_sentence(rows(0.04)).startswith("No more samples than held-out images")
+def rows(near_copies, space_copies=(0.0, 0.0, 0.08), z=0.0, authenticity=(0.9, 0.85, 0.95), distance=(0.05, 0.0, 0.1)):
+    """Of `find_copies`, by what is measured of samples; held-out images have an authenticity of 90%."""
+    found = [
+        {"what": "held-out captions", "space": EVERYWHERE, "values": [near("near copies", *near_copies)], "z": None}
+    ]
+    for space in ("pixels", "random"):
+        values = [near("near copies", *space_copies), near("near by distance", *distance)]
+        values.append(near("authenticity", *authenticity))
+        found.append({"what": "held-out captions", "space": space, "values": values, "z": z})
+        real = [near("authenticity", 0.9, 0.8, 0.97)]
+        found.append({"what": "held-out images", "space": space, "values": real, "z": None})
+    return found
+
+
+NONE = (0.0, 0.0, 0.08)
+CHANCE = {"z": -6.7, "authenticity": (0.05, 0.01, 0.14)}  # with 45.5% near copies in a wide interval: DreamBooth
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (rows((0.3, 0.06, 0.4)), "copies"),
+        (rows((0.455, 0.0, 0.6), **CHANCE), "copies"),
+        (rows((0.455, 0.0, 0.6)), "unclear"),
+        (rows((0.455, 0.05, 0.6), z=-6.7), "unclear"),
+        (rows((0.455, 0.0, 0.6), authenticity=(0.05, 0.01, 0.14)), "unclear"),
+        (rows(NONE), "none"),
+        (rows((0.04, 0.01, 0.10)), "none"),
+        (rows((0.04, 0.01, 0.11)), "unclear"),
+        (rows((0.0, 0.0, 0.17)), "unclear"),  # of 20 samples
+        (rows(NONE, z=-3.1), "unclear"),
+        (rows(NONE, z=-2.9), "none"),
+        (rows(NONE, z=9.0), "none"),
+        (rows(NONE, authenticity=(0.5, 0.4, 0.6)), "unclear"),
+        (rows(NONE, authenticity=(0.8, 0.7, 0.9)), "none"),
+        (rows(NONE, space_copies=(0.3, 0.06, 0.4)), "unclear"),
+        (rows(NONE, distance=(0.3, 0.06, 0.4)), "unclear"),
+        (rows(NONE, **CHANCE), "unclear"),  # blurred images lie near to all
+        (rows((0.3, 0.06, 0.4))[1:], "unclear"),
+    ],
+)
+def test_copying_is_judged_by_all_measures(given, said):
+    assert copying_verdict(given) == said
+    sentence = copying_sentence(given)
+    assert ("cannot be told" in sentence, sentence.startswith("No more"), sentence.startswith("More samples")) == (
+        said == "unclear",
+        said == "none",
+        said == "copies",
+    )
+    said_in_all = verdict(None, None, said, trained=True, asked_old=False)
+    assert ("no sign of copies" in said_in_all) == (said == "none")
+    assert ("cannot be told from these" in said_in_all) == (said == "unclear")
+
+
+def test_the_sentence_names_what_hints():
+    assert "30% (6 to 40) of held-out captions; of held-out images at most 5%" in copying_sentence(
+        rows((0.3, 0.06, 0.4))
+    )
+    found = copying_sentence(rows(NONE, **CHANCE))
+    assert "z -6.7 of held-out captions in pixels" in found
+    assert "less authentic in random" in found
     assert leak_words({"leaks": 0, "held_out": 9}) is None
     assert leak_words({"leaks": 1, "held_out": 9}).startswith("1 held-out image of 9 also stand")
 
@@ -63,9 +118,13 @@ def test_copying_is_judged_by_what_is_sure_in_all_spaces():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("better", "alike", "none"), ("better than BEFORE", "no loss of what BEFORE", "no sign of copies")),
+        (("better", "alike", "none"), ("better than BEFORE", "what BEFORE could do is kept", "no sign of copies")),
+        (
+            ("unclear", "unclear", "unclear"),
+            ("Whether AFTER is better", "whether it lost", "whether samples are copies"),
+        ),
         (("worse", "worse", "copies"), ("worse than BEFORE", "has lost some", "look at them below")),
-        (("alike", "better", None), ("No gain", "does better on what", "copying was not measured")),
+        (("alike", "better", None), ("are alike on the new", "does better on what", "copying was not measured")),
         ((None, None, None), ("Nothing judged the new domain", "nothing judged what", "not measured")),
     ],
 )

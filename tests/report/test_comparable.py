@@ -7,7 +7,6 @@ from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.comparable import (
     distinct,
     last_values,
-    lower_is_better,
     measurements,
     value_columns,
     yardstick,
@@ -82,6 +81,17 @@ def test_last_values(make):
     assert fid.value == losses[4]
 
 
+@pytest.mark.parametrize("count", [2, 17, 20, 50])
+def test_a_mean_says_how_many_values_it_covers(make, count):
+    losses = np.arange(count, dtype=float)
+    found = run(make.configuration(), **{"train/loss": losses})
+    (train,) = last_values(found, yardstick(found))
+    covered = min(count, 20)
+    assert train.value == losses[-covered:].mean()
+    assert train.confidence == f"1 standard error of the mean of {covered}"
+    assert train.protocol.settings == "mean of the last logged values, at most 20"
+
+
 def test_metrics_with_protocols_of_their_own(make):
     found = run(make.configuration(), **{"base/fid": np.array([4.0, 3.0]), "base/text_z": np.array([2.0])})
     first, last = (Value("FID", x, x - 1, x + 1, Protocol("FID", num_samples=9), "95%") for x in (4.0, 3.0))
@@ -117,22 +127,3 @@ def test_columns_part_protocols_and_keep_metrics_together():
     assert len(value_columns(sweep)) == 30
     assert [len(c.values) for c in value_columns(sweep, ["guidance"])] == [30]
     assert [c.letter for c in value_columns(sweep)][25:28] == ["z", "aa", "ab"]
-
-
-LOWER = (
-    "base/denoising_ratio",
-    "sr_64/colour_shift",
-    "FID",
-    "FD-random",
-    "KID",
-    "KD-random",
-    "CLIP-FID",
-    "LPIPS",
-    "train/loss",
-    "bits per dimension",
-)
-HIGHER = ("base/text_gain", "CLIP score", "caption accuracy", "PSNR", "SSIM", "precision", "recall", "inception score")
-
-
-def test_directions():
-    assert [metric for metric in (*LOWER, *HIGHER) if lower_is_better(metric)] == list(LOWER)

@@ -6,7 +6,9 @@ import pytest
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report import figures
 from imagen_lightning.report.figures import Point
+from imagen_lightning.report.report import build
 from imagen_lightning.report.runs import Curve, Run
+from imagen_lightning.report.sources import read_sources
 
 
 def points(xs, ys, metrics=("caption accuracy", "FD-random")):
@@ -66,6 +68,18 @@ def test_levels_are_those_of_the_last_validation():
     run.curves = {"train/loss_t/0.00-0.10": curves["train/loss_t/0.00-0.10"]}
     assert figures.by_level([(style, run)], "loss_t", "t").data[0].name == "r (training)"
     assert figures.by_level([(style, run)], "loss_aug", "t") is None
+
+
+def test_a_figure_of_levels_says_what_its_means_are_of(tmp_path, make):
+    notes = {"val": "Means of the last validation", "train": "Means over the training steps of the last interval"}
+    for parts in (("val",), ("train",), ("train", "val")):
+        folders = []
+        for part in parts:
+            folders.append(make.run(tmp_path / "-".join(parts) / part))
+            (folders[-1] / "metrics.csv").write_text(f"step,{part}/loss_t/0.00-0.50,{part}/loss_t/0.50-1.00\n9,1,2\n")
+        text = build(read_sources([str(folder) for folder in folders])).render()
+        for part, note in notes.items():
+            assert (note.lower() in text.lower()) == (part in parts)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_columns_hold_one_protocol_each(visit, report):
     titles = page.locator("#runs thead th").all_inner_texts()
     assert [title[:-1] for title in titles if "loss" in title] == ["train/loss"] * 2 + ["val/loss"] * 2
     protocols = page.locator("#runs dl.protocols dd").all_inner_texts()
-    assert "mean of the last 20 logged values" in protocols[0]
+    assert "mean of the last logged values, at most 20; 1 standard error of the mean of 20" in protocols[0]
     assert "1 standard error" in protocols[0]
     assert protocols[1].startswith("train/loss: as a, but 64 px, reference: super-resolution 16 → 64 px, X0, ")
     assert "Lower is better: train/loss, val/loss, FD-random. Higher" in page.locator("#runs").inner_text()

@@ -26,7 +26,7 @@ def test_a_whole_run(make, tmp_path):
     assert problems == []
     assert run.config["model"]["init_args"]["image_size"] == 16
     assert run.info["git"].endswith("-dirty")
-    assert run.step == 200 * 50 - 1
+    assert run.num_steps == 200 * 50
     assert list(run.curves["val/loss"].steps[:2]) == [499, 999]
     assert [item.step for item in run.samples] == [500, 1000]
     assert run.samples[0].samples[1].key == ("a blue circle", 0, 1)
@@ -42,6 +42,26 @@ def test_rows_and_cells_that_are_no_numbers_are_counted(tmp_path):
     assert problems == ["RUN/metrics.csv: rows or cells that are no numbers are left out: 3"]
     np.testing.assert_array_equal(run.curves["train/loss"].values, [0.5, np.nan])
     assert list(run.curves["val/loss"].steps) == [9, 19]
+
+
+def test_steps_are_counted_in_one_way_whatever_was_logged_last(tmp_path):
+    """The loss of the 20th step has the row 19, what was measured of the weights after it the row 20."""
+    rows = {"loss alone": "19,0.5,", "measured after it": "19,0.5,\n20,,4", "measured alone": "20,,4"}
+    for name, text in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(f"step,train/loss,base/fd-random\n{text}\n")
+        assert read(tmp_path / name)[0].num_steps == 20
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/metrics.csv").write_text("step\n")
+    assert read(tmp_path / "none")[0].num_steps is None
+
+
+def test_what_a_callback_could_not_measure_is_said(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,1\n")
+    (tmp_path / "failures.jsonl").write_text('{"step": 5, "callback": "FID", "error": "ValueError: no"}\n')
+    assert read(tmp_path)[1] == ["RUN: FID failed at step 5 and logged nothing there: ValueError: no"]
+    (tmp_path / "failures.jsonl").write_text("{")
+    assert read(tmp_path)[1] == ["RUN/failures.jsonl: is broken or half-written, and left out"]
 
 
 def test_values_and_the_verdict(make, tmp_path):

@@ -21,6 +21,7 @@ from imagen_lightning.sweeps.file import read_sweep as read_file
 from imagen_lightning.sweeps.folder import opened
 from imagen_lightning.sweeps.search import open_study, space, values_of
 
+METRICS = {"minimize": "val/loss", "maximize": "score"}
 PARAMETERS = {
     "model.init_args.diffusion.parametrization": {
         "values": ["imagen_lightning.diffusion.X0", "imagen_lightning.diffusion.V"]
@@ -35,7 +36,7 @@ def sweep(tmp_path, make):
 
     def sweep(metric, name="tried", method="grid", parameters=PARAMETERS, goal="minimize", trials=6, runs=0):
         content = {
-            **{"name": name, "program": "p", "method": method, "metric": {"name": "val/loss", "goal": goal}},
+            **{"name": name, "program": "p", "method": method, "metric": {"name": METRICS[goal], "goal": goal}},
             "parameters": parameters,
         }
         file = tmp_path / f"{name}.yaml"
@@ -103,7 +104,7 @@ def test_a_sweep_without_seeds_is_not_compared(sweep):
     assert sum(found.importance.values()) == pytest.approx(1.0)
     assert found.importance["drop"] > 0.8
     figure = sweeps.parallel(found)
-    assert list(figure.layout.xaxis.ticktext) == ["lr (log)", "drop", "val/loss"]
+    assert list(figure.layout.xaxis.ticktext) == ["lr (log)", "drop", "score"]
     assert len(figure.data) == 30
     strong = figure.data[-1]  # the best trial, on top
     assert strong.hovertext.startswith(f"trial {found.finished[0].number}: ")
@@ -111,6 +112,38 @@ def test_a_sweep_without_seeds_is_not_compared(sweep):
     ticks = {note.text: note.y for note in figure.layout.annotations if note.x == 0}
     lines = sorted(math.log10(trial.values["lr"]) for trial in found.finished)
     assert ticks["1e-2"] == pytest.approx((-2 - lines[0]) / (lines[-1] - lines[0]))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "label"),
+    [
+        ({"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-3}, "lr (log)"),
+        ({"min": 1e-5, "max": 1.0}, "lr"),
+        ({"values": [1e-5, 1e-4, 1e-3]}, "lr (log)"),
+        ({"values": [1e-4, 1e-3]}, "lr"),
+        ({"values": [0.0, 1e-3]}, "lr"),
+    ],
+)
+def test_a_parameter_is_drawn_on_the_scale_it_was_searched_on(sweep, parameter, label):
+    method = "random" if "min" in parameter else "grid"
+    count = 8 if "min" in parameter else len(parameter["values"])
+    found = read_sweep(sweep(lambda v: v["lr"], "scaled", method, {"lr": parameter}, trials=count), Problems())
+    figure = sweeps.parallel(found)
+    assert figure.layout.xaxis.ticktext[0] == label
+    ticks = [note.y for note in figure.layout.annotations if note.x == 0]
+    assert len(ticks) >= 2
+    heights = sorted(trace.y[0] for trace in figure.data)
+    assert (heights[0], heights[-1]) == (0, 1)
+    if label.endswith("(log)"):
+        lrs = sorted(math.log10(trial.values["lr"]) for trial in found.finished)
+        assert heights == pytest.approx([(lr - lrs[0]) / (lrs[-1] - lrs[0]) for lr in lrs])
+
+
+def test_without_two_seeds_chance_is_not_judged(sweep):
+    parameters = {"lr": {"values": [1, 2]}}
+    said = verdict(read_sweep(sweep(lambda v: v["lr"], "few", parameters=parameters, trials=2), Problems()))
+    assert "cannot be told from these trials" in said[-1]
+    assert not any("cannot be told" in line for line in verdict(read_sweep(sweep(clear), Problems())))
 
 
 def test_the_page(sweep, tmp_path, capsys):
