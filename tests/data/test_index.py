@@ -388,7 +388,7 @@ def test_an_index_that_can_be_kept_nowhere_serves_all_the_same(tmp_path, monkeyp
     def full(file, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module, "write_whole", full)
+    monkeypatch.setattr(index_module, "write_bytes", full)
     index = open_index(str(path), cache=tmp_path)
     assert list(index.keys) == [f"{number:05d}" for number in range(5)]
     assert "can be kept nowhere" in caplog.text
