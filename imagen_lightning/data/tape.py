@@ -267,10 +267,11 @@ class SampleReader:
 
     def _cut(self, reason: Reason) -> Iterator[RawSample | Skip]:
         """Leave out the sample that may lack members because the shard ends here."""
-        if not self._last.key:
+        if self._last.key:
+            self._last.fault = reason
+            yield from self._finish()
+        else:
             yield Skip(self.shard, "", reason)
-        self._last.fault = reason
-        yield from self._finish()
 
     def _finish(self) -> Iterator[RawSample | Skip]:
         """Give the samples whose members have all been read."""

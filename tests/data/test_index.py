@@ -348,7 +348,7 @@ def test_a_damaged_index_is_told_and_made_anew(tmp_path, caplog, change):
             "flip": data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
             "cut": data[:-5],
             "empty": b"",
-            "other format": data.replace(b"index 1", b"index 9"),
+            "other format": data.replace(b"index 2", b"index 9"),
             "no index": b"\x02\0\0\0\0\0\0\0{}",
         }[change]
     )

@@ -191,9 +191,10 @@ class Delimited(TextTable):
             cells = next(self._reader(text), [])
         finally:
             text.detach()
+        record = self.record(number, self._row_of(cells))
         if any(cells[len(self.names) :]):
-            return self.faulty(number, Reason.BAD_ROW)
-        return self.record(number, self._row_of(cells))
+            record.fault = Reason.BAD_ROW.value
+        return record
 
     def _row_of(self, cells: list[str]) -> dict[str, str]:
         return dict(zip(self.names, cells))
