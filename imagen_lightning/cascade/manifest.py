@@ -26,7 +26,7 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{str(folder)!r} is no cascade folder: it has no {MANIFEST}; `imagen-lightning cascade` makes one"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON and of UTF-8
         raise InputError(f"{path} is damaged ({first_line(error)}); make the cascade anew") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from imagen_lightning import __version__
 from imagen_lightning.cli.arguments import Parser, one_or_each
 from imagen_lightning.errors import InputError, counted
+from imagen_lightning.io.lines import lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,12 +164,12 @@ def _prompts(given: list[str], file: str | None) -> list[str]:
     if file is None:
         return given
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts {file!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"--prompts {file!r} cannot be read: {error.strerror}") from error
-    read = [line.strip() for line in lines if line.strip()]
+    read = [line.strip() for line in lines(text) if line.strip()]
     if not read:
         raise InputError(f"--prompts {file!r} holds no caption; write one a line")
     return [*given, *read]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from imagen_lightning.data.index import cache_folder
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
 from imagen_lightning.data.positioned import VALIDATION_SEED, PositionedDataModule
 from imagen_lightning.data.resume import shards_hash
+from imagen_lightning.data.shard_cache import cache_size
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards, Verify, open_shards
 from imagen_lightning.data.skips import Reason, Skip, SkipLog, Unusable
 from imagen_lightning.data.subjects import Subject, SubjectDataset
@@ -312,7 +314,7 @@ class LaionDataModule(PositionedDataModule):
             patterns,
             verify=self.verify,
             cache=None if self.cache is None else Path(self.cache),
-            cache_bytes=round(self.cache_gb * 1e9),
+            cache_bytes=cache_size(self.cache_gb),
             read_ahead=num_windows * self.window if split == "train" else 2,
         )
         has_text = self.text_states is None and any(
@@ -331,7 +333,9 @@ class LaionDataModule(PositionedDataModule):
                 Skip(index.shard, index.keys[row], reasons[wrong[row] - 1]) for row in np.flatnonzero(wrong).tolist()
             ]
             rows.append(np.flatnonzero(wrong == 0))
-        skips.record_index(sum(len(item) for item in rows), faults)
+        unread = sum((Counter(index.unread) for index in shards.indexes), Counter())
+        skips.record_index(sum(len(item) for item in rows), faults, unread)
+        self.tell_unread(split, unread)
         if self._filter is not None:
             rows = self._filtered(split, self._filter, shards, rows)
         return shards, rows, self._first_text(shards, rows) if has_text else None

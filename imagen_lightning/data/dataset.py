@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from imagen_lightning.data import shapes
-from imagen_lightning.data.decode import decode_captions, decode_fitted, decode_text_states, stack_text
+from imagen_lightning.data.decode import (
+    SHARD_FORMATS,
+    decode_captions,
+    decode_fitted,
+    decode_text_states,
+    stack_text,
+)
 from imagen_lightning.data.order import BucketedOrder, SampleOrder
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, TEXT_STATES, Shards
 from imagen_lightning.data.skips import Reason, Skip, Unusable
@@ -88,6 +94,7 @@ class Decoder:
         random_flip: mirror half of the images.
         allow_upscale: enlarge images that are too small.
         exact: decode large JPEGs at full size (see `decode_fitted`).
+        formats: Pillow's names of the formats that are read.
     """
 
     image_size: int
@@ -97,6 +104,7 @@ class Decoder:
     random_flip: bool = False
     allow_upscale: bool = False
     exact: bool = False
+    formats: tuple[str, ...] = SHARD_FORMATS
 
     def __call__(
         self,
@@ -125,7 +133,7 @@ class Decoder:
             caption = captions[random(_CAPTION).integers(len(captions))]
         text = self._text(members[TEXT_STATES]) if stored is None else stored(caption)
         place = random(_PLACE).random() if self.random_crop else 0.5
-        picture = decode_fitted(image, size or self.image_size, place, self.allow_upscale, self.exact)
+        picture = decode_fitted(image, size or self.image_size, place, self.allow_upscale, self.exact, self.formats)
         if self.random_flip and random(_FLIP).random() < 0.5:
             picture = picture.flip(-1)
         return picture, caption, text

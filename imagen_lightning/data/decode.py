@@ -23,9 +23,11 @@ from torch import Tensor
 from imagen_lightning.data.colour import rescale_key, to_srgb
 from imagen_lightning.data.skips import Reason, Unusable
 from imagen_lightning.images import from_pil
+from imagen_lightning.io.lines import lines
 from imagen_lightning.types import Text
 
 SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
+FILE_FORMATS = (*SHARD_FORMATS, "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA")  # of folders, zips and tables
 MAX_PIXELS = 2**26  # 67 million; 256 MiB once decoded to RGBA
 MAX_TEXT_BYTES = 2**28
 
@@ -239,7 +241,7 @@ def decode_captions(text: bytes | None, metadata: bytes | None, field: str | Non
     """
     try:
         if field is None and text is not None:
-            captions = text.decode("utf-8-sig").splitlines()
+            captions = lines(text.decode("utf-8-sig"))
         else:
             record = json.loads((metadata or b"{}").decode("utf-8-sig"))
             found = record.get(field or "caption") if isinstance(record, dict) else None

@@ -17,8 +17,8 @@ from imagen_lightning.data.decode import decode_captions, decode_image, size_fro
 from imagen_lightning.data.index import cache_folder, map_shards
 from imagen_lightning.data.metadata import read_columns
 from imagen_lightning.data.shards import CAPTION, IMAGE, METADATA, Shards, list_shards, open_shards
-from imagen_lightning.data.skips import Reason, Skip, Unusable
-from imagen_lightning.errors import InputError
+from imagen_lightning.data.skips import Reason, Skip, Unusable, counted_by_kind
+from imagen_lightning.errors import InputError, counted
 
 NEAR = 4  # bits of 64 by which perceptual hashes of near duplicates differ at most
 NEAR_COLOUR = 6.0  # of 255, by which the colours of near duplicates at 4x4 px differ at most, in the mean
@@ -60,6 +60,7 @@ class Contents:
         columns: metadata by field, see `read_columns`; blank where a sample lacks it.
         fields: names of all fields of the json members seen.
         skips: samples that cannot be used.
+        unread: number of members that belong to no sample, or are not read of one, by suffix.
     """
 
     shards: list[str]
@@ -74,6 +75,7 @@ class Contents:
     columns: dict[str, np.ndarray]
     fields: list[str]
     skips: list[Skip]
+    unread: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -148,6 +150,12 @@ class Examination:
                 f"{len(contents.skips)} of {total} samples cannot be used, {count} for {reason!r}: mend them at their "
                 "source; training leaves them out and names them"
             )
+        if contents.unread:
+            lines.append(
+                f"{counted(sum(contents.unread.values()), 'member')} of the shards not read, by suffix: "
+                f"{counted_by_kind(contents.unread)}; if images or captions are among them, rename them to KEY.jpg, "
+                "KEY.txt, …"
+            )
         for item in self.usable:
             if item.share < 0.9:
                 lines.append(
@@ -197,7 +205,10 @@ def examine(
     """
     contents = read_contents(patterns, caption_field, cache, processes)
     if not len(contents) and not contents.skips:
-        raise InputError(f"the {len(contents.shards)} shards hold no sample; check that they are webdataset's layout")
+        what = f"{counted_by_kind(contents.unread)} and no sample" if contents.unread else "no sample"
+        raise InputError(
+            f"the {counted(len(contents.shards), 'shard')} given hold {what}; check that they are webdataset's layout"
+        )
     other = None if held_out is None else read_contents(held_out, caption_field, cache, processes)
     usable = [_usable(contents, stage) for stage in stages]
     return Examination(contents, usable, same_files(contents), look_alikes(contents), _leaks(contents, other), other)
@@ -232,6 +243,7 @@ def read_contents(
         columns,
         sorted({name for part in parts for name in part.fields}),
         [skip for part in parts for skip in part.skips],
+        dict(sum((Counter(part.unread) for part in parts), Counter())),
     )
 
 
@@ -265,6 +277,7 @@ def _read_shard(name: str, caption_field: str | None, cache: Path | None) -> Con
         _columns(shards, rows),
         list(index.fields),
         list(dict.fromkeys(skips)),
+        index.unread,
     )
 
 

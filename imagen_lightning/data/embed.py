@@ -237,8 +237,8 @@ class Embedding:
         free = shutil.disk_usage(folder).free
         if estimate.num_bytes + _HEADROOM > free:
             raise InputError(
-                f"the states take about {readable_bytes(estimate.num_bytes)} and {str(folder)!r} has "
-                f"{readable_bytes(free)} left: make room, give another folder"
+                f"the states take about {readable_bytes(estimate.num_bytes)}, {readable_bytes(_HEADROOM)} more are to "
+                f"stay free, and {str(folder)!r} has {readable_bytes(free)} left: make room, give another folder"
                 + (", or store int8" if self.settings.dtype == "float16" else "")
             )
 

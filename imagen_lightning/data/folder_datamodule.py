@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagen_lightning.data.dataset import Decoder
+from imagen_lightning.data.decode import FILE_FORMATS
 from imagen_lightning.data.folder import PictureDataset, Pictures
 from imagen_lightning.data.order import SampleOrder
 from imagen_lightning.data.positioned import VALIDATION_SEED, PositionedDataModule
@@ -22,7 +23,7 @@ class FolderDataModule(PositionedDataModule):
     order each time; what cannot be used is counted, listed in `skipped.jsonl` and replaced by another.
 
     Args:
-        train: the folder, zip or table (JPEG, PNG and WebP files).
+        train: the folder, zip or table.
         val: that of the validation set, read in its order; None validates nothing.
         image_size: side in pixels.
         batch_size: samples of one batch over all processes and before accumulation.
@@ -88,9 +89,12 @@ class FolderDataModule(PositionedDataModule):
     def training_set(self) -> PictureDataset:
         if self._training_set is None:
             pictures = Pictures(Path(self.train).expanduser(), self.caption)
+            self.tell_unread("train", pictures.source.unread())
             order = SampleOrder([len(pictures)], self.seed, self.batch_size, window=1)
             crop, flip = self.crop == "random", self.random_flip
-            decode = Decoder(self.image_size, None, None, crop, flip, self.allow_upscale, exact=True)
+            decode = Decoder(
+                self.image_size, None, None, crop, flip, self.allow_upscale, exact=True, formats=FILE_FORMATS
+            )
             self._training_set = PictureDataset(pictures, order, decode, self.seed)
         return self._training_set
 
@@ -98,8 +102,10 @@ class FolderDataModule(PositionedDataModule):
         if self.val is None:
             raise InputError("this data has no validation images; give val=")
         if self._validation_set is None:
-            decode = Decoder(self.image_size, allow_upscale=self.allow_upscale, exact=True)
-            self._validation_set = PictureDataset(Pictures(Path(self.val).expanduser()), None, decode, VALIDATION_SEED)
+            decode = Decoder(self.image_size, allow_upscale=self.allow_upscale, exact=True, formats=FILE_FORMATS)
+            pictures = Pictures(Path(self.val).expanduser())
+            self.tell_unread("val", pictures.source.unread())
+            self._validation_set = PictureDataset(pictures, None, decode, VALIDATION_SEED)
         return self._validation_set
 
     def val_dataloader(self) -> Any:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,14 +29,30 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from imagen_lightning.data.skips import Reason, Skip, Unusable
-from imagen_lightning.data.walk import CAPTION, IMAGE, METADATA, NUM_KINDS, Arrays, hash_samples, json_fields, walk
+from imagen_lightning.data.walk import (
+    CAPTION,
+    IMAGE,
+    METADATA,
+    NUM_KINDS,
+    SUFFIXES,
+    Arrays,
+    hash_samples,
+    json_fields,
+    walk,
+)
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-INDEX_FORMAT = "imagen-lightning index 1"
+INDEX_FORMAT = "imagen-lightning index 2"
+
+_FIRST_FORMAT = "imagen-lightning index 1"  # whose walk passed over samples whose keys have dots, and other images
+
+_FIRST_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json", "text.npz"})
+MAX_WORKERS = 1024
 
 _TICK_NS = 20_000_000  # the clock of file times, at its coarsest
 _NUM_KEPT = 128  # shards whose arrays are kept
@@ -76,7 +91,7 @@ class ShardIndex:
         num_samples: n.
         size: bytes of the tar when it was indexed.
         mtime: its time of change then, in ns; None for a remote shard.
-        members: number of members by suffix, those of unknown suffixes too.
+        members: number of members by suffix (see `walk`), those that are not read too.
         fields: names of the json's fields, from a few samples.
         skips: samples left out for the shard's own faults.
         hashed: whether the samples have their SHA-256.
@@ -105,6 +120,11 @@ class ShardIndex:
         """(n, 4, 2) int64, offset and length of the members IMAGE, CAPTION, METADATA and TEXT_STATES; offset -1 where a
         sample has none."""
         return self.arrays.spans
+
+    @property
+    def unread(self) -> dict[str, int]:
+        """The number of members that are not read, by suffix."""
+        return {suffix: count for suffix, count in self.members.items() if suffix not in SUFFIXES}
 
     def missing(self) -> dict[Reason, int]:
         """The number of samples without image, and without txt or json."""
@@ -231,7 +251,9 @@ def parse_index(data: bytes, shard: str) -> ShardIndex:
         arrays = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"]["index"])
-        if metadata["format"] != INDEX_FORMAT:
+        if metadata["format"] == _FIRST_FORMAT and not metadata["members"].keys() <= _FIRST_SUFFIXES:
+            raise ValueError("it is of an older format, which passed over members of other suffixes")
+        if metadata["format"] not in (INDEX_FORMAT, _FIRST_FORMAT):
             raise ValueError(f"its format is {metadata['format']!r}, not {INDEX_FORMAT!r}")
         if metadata.pop("crc32") != _crc32(metadata, arrays):
             raise ValueError("its checksum does not fit")
@@ -357,7 +379,7 @@ def keep_index(index: ShardIndex, files: Iterable[Path]) -> ShardIndex:
         try:
             if file.parent.exists() and not file.parent.stat().st_mode & 0o222:
                 continue
-            write_whole(file, data)
+            write_bytes(file, data)
         except OSError as error:
             log.info("index %s cannot be written: %s", file, error.strerror)
         else:
@@ -366,19 +388,14 @@ def keep_index(index: ShardIndex, files: Iterable[Path]) -> ShardIndex:
     return index
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, beside any other process that writes it; makes its folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
-    try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def map_shards(job: Callable[[str], T], shards: Sequence[str], processes: int = 0) -> Iterator[T]:
-    """A job of each shard, in order, by that many processes, or by threads where it is 0; with a bar where many."""
+    """A job of each shard, in order, by that many processes, or by threads where it is 0; with a bar where many.
+
+    Raises:
+        InputError: the number of processes is out of range.
+    """
+    if not 0 <= processes <= MAX_WORKERS:
+        raise InputError(f"{processes} workers are out of range; give a number from 0 to {MAX_WORKERS}")
     if len(shards) < 2:
         yield from map(job, shards)
         return

@@ -33,8 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from imagen_lightning.data.index import cached_index, write_whole
+from imagen_lightning.data.index import cached_index
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ def _save(files: Sequence[Path], stamp: Mapping[str, str], columns: Mapping[str,
     for file in files:
         try:
             if not file.parent.exists() or file.parent.stat().st_mode & 0o222:  # else left alone, by root too
-                write_whole(file, data)
+                write_bytes(file, data)
                 return
         except OSError as error:  # noqa: PERF203
             log.info("%s cannot be written: %s", file, error.strerror)

@@ -6,6 +6,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  isort: skip
 
 import logging
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from imagen_lightning.data.captions import captions_of
 from imagen_lightning.data.dataset import LoadedBatch, Sample, collate
+from imagen_lightning.data.index import MAX_WORKERS
 from imagen_lightning.data.order import PositionBatchSampler
 from imagen_lightning.data.resume import OnChange, check_same_order, check_same_step
-from imagen_lightning.data.skips import SkipLog
+from imagen_lightning.data.skips import SkipLog, counted_by_kind
 from imagen_lightning.errors import counted
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
+
+_LIMITS = {
+    "batch_size": (1, 2**20),
+    "image_size": (1, 2**13),
+    "num_images": (1, 10**6),
+    "num_val": (0, 10**6),
+    "num_workers": (0, MAX_WORKERS),
+    "shuffle_buffer": (1, 10**6),
+}  # beyond them a run would take all memory or never come to its first step
 
 VALIDATION_SEED = 0  # validation data are the same whatever a run's seed, so that runs of several seeds compare
 
@@ -66,6 +77,15 @@ class PositionedDataModule(LightningDataModule):
         self._step = 0  # the trainer's global step when that batch was handed out
 
     def setup(self, stage: str) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: one is out of range.
+        """
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name} {value} is out of range; give a number from {low} to {high}")
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
             self._stepped = self._handed = self._step = 0  # a new run; a checkpoint's position is loaded after this
 
@@ -87,6 +107,11 @@ class PositionedDataModule(LightningDataModule):
         for name, skips in (("training", self.train_skips), ("validation", self.val_skips)):
             if skips.counts:
                 log.warning("%s: %s", name, skips.summary())
+
+    def tell_unread(self, split: str, unread: Mapping[str, int]) -> None:
+        """Say once how many members or files of a source belong to no sample, by kind."""
+        if unread and (self.trainer is None or self.trainer.is_global_zero):
+            log.warning("%s: not read, for they are no images and belong to none: %s", split, counted_by_kind(unread))
 
     def judge_skips(self, batch: Any) -> None:
         """Counts what a batch of the trainer's left out.

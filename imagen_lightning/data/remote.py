@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from imagen_lightning.data.braces import expand_braces
 from imagen_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,8 @@ def expand_addresses(pattern: str) -> list[str]:
     Raises:
         InputError: the backend is not installed, cannot list, cannot be reached, or lists nothing.
     """
-    from braceexpand import braceexpand
-
-    try:
-        alternatives = list(braceexpand(pattern))
-    except ValueError:
-        raise InputError(f"shards {pattern!r}: the braces do not pair") from None
     found: list[str] = []
-    for address in alternatives:
+    for address in expand_braces(pattern):
         text = f"{address}*.tar" if address.endswith("/") else address
         path, magic = (text.split("?")[0], "*[") if text.startswith("http") else (text, "*?[")
         found.extend(_list(text) if any(sign in path for sign in magic) else [text])

@@ -15,6 +15,7 @@ import fcntl
 import glob
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -31,12 +32,12 @@ from imagen_lightning.data.index import (
     index_shard,
     parse_index,
     read_indexes,
-    write_whole,
 )
 from imagen_lightning.data.remote import WrongTransfer, attempt, filesystem
 from imagen_lightning.data.skips import Unusable
 from imagen_lightning.data.walk import hash_samples
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,17 @@ T = TypeVar("T")
 PATIENCE = 300  # seconds to wait for room
 
 _CHANGED = "; if it has changed since it was indexed, run `imagen-lightning shards index --force`"
+
+
+def cache_size(gigabytes: float) -> int:
+    """Return a cache's size in bytes.
+
+    Raises:
+        InputError: it is not a number of at least 0.
+    """
+    if not (math.isfinite(gigabytes) and gigabytes >= 0):
+        raise InputError(f"cache_gb {gigabytes} must be a number of at least 0")
+    return round(gigabytes * 1e9)
 
 
 class CacheFull(InputError):
@@ -153,7 +165,7 @@ class ShardCache:
         kept = read_indexes(address, [file])
         if not kept:
             index = self._sidecar(address) or self._own_index(address)
-            write_whole(file, index_bytes(replace(index, mtime=None)))
+            write_bytes(file, index_bytes(replace(index, mtime=None)))
             kept = read_indexes(address, [file])
         return replace(kept[0], held=None)
 
@@ -184,7 +196,7 @@ class ShardCache:
         if not parquet.exists():
             system, place = filesystem(beside)
             with suppress(FileNotFoundError):
-                write_whole(parquet, self._attempt(lambda: system.cat_file(place), f"table {beside!r}"))
+                write_bytes(parquet, self._attempt(lambda: system.cat_file(place), f"table {beside!r}"))
         return path
 
     def _own_index(self, address: str) -> ShardIndex:

@@ -1,8 +1,8 @@
 """Shards: tar files of samples in webdataset's layout, found, opened, read by offset, and written.
 
-A sample is a group of members `KEY.suffix`. Known suffixes are `jpg`, `jpeg`, `png`, `webp` (the image), `txt` and
-`json` (captions) and `text.npz` (stored text states); members of any other suffix are never read. Nothing is extracted,
-executed or unpickled: of webdataset only the tar writer is used.
+A sample is a group of members `KEY.suffix`. Known suffixes are `jpg`, `jpeg`, `jpe`, `jfif`, `png`, `webp` (the image),
+`txt` and `json` (captions) and `text.npz` (stored text states); members of any other suffix are counted and never
+read. Nothing is extracted, executed or unpickled: of webdataset only the tar writer is used.
 
 Samples are read by `pread` and not through a memory map: a process that reads a mapped page of a file that was cut
 meanwhile is killed (SIGBUS), where `pread` returns fewer bytes and the sample is left out and counted.
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from imagen_lightning.data.braces import expand_braces
 from imagen_lightning.data.index import (
     ShardIndex,
     cache_folder,
@@ -27,7 +28,6 @@ from imagen_lightning.data.index import (
     index_shard,
     map_shards,
     open_index,
-    write_whole,
 )
 from imagen_lightning.data.remote import expand_addresses, is_remote
 from imagen_lightning.data.shard_cache import PATIENCE, CacheFull, ReadAhead, ShardCache
@@ -43,6 +43,7 @@ from imagen_lightning.data.walk import (
     hash_samples,
 )
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import temporary_path, write_bytes
 
 __all__ = [
     "CAPTION",
@@ -98,25 +99,26 @@ def expand_shards(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _expand_paths(text: str) -> list[str]:
-    from braceexpand import braceexpand
-
     if text.startswith("pipe:"):
         raise InputError(f"shards {text!r}: only local files can be read; copy the shards here first")
-    try:
-        alternatives = [text] if os.path.exists(text) else list(braceexpand(text))
-    except ValueError:
-        raise InputError(f"shards {text!r}: the braces do not pair") from None
     shards: list[str] = []
-    for name in alternatives:
+    for name in [text] if os.path.exists(text) else expand_braces(text):
         if os.path.isdir(name):
             found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         else:
-            found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+            found = [name] if os.path.exists(name) else match_files(name)
         if not found:
             missing = f"shards {text!r}" + (f" ({name!r})" if name != text else "")
-            raise InputError(f"{missing} match no file; check the path (from {os.getcwd()})")
+            brackets = "; [ ] stands for one of the characters in it" if "[" in name else ""
+            raise InputError(f"{missing} match no file; check the path (from {os.getcwd()}){brackets}")
         shards.extend(str(Path(path)) for path in found)
     return shards
+
+
+def match_files(pattern: str) -> list[str]:
+    """Return the sorted paths that a glob matches; its brackets stand for themselves where such paths exist."""
+    literal = glob.glob(pattern.replace("[", "[[]"), recursive=True)
+    return sorted(literal or glob.glob(pattern, recursive=True))
 
 
 def open_shards(
@@ -323,13 +325,16 @@ class ShardWriter:
         self.paths: list[Path] = []
         self._tar: Any = None
         self._file: Any = None
+        self._path = self._partial = folder
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Adds a sample: suffix to bytes."""
         from webdataset.writer import TarWriter
 
         if self._tar is None:
-            self._file = self._partial().open("wb")
+            self._path = self.folder / self._name()
+            self._partial = temporary_path(self._path)
+            self._file = self._partial.open("wb")
             self._tar = TarWriter(self._file, encoder=False, mtime=0)
         self._tar.write({"__key__": key, **members})
         self.num_samples += 1
@@ -348,22 +353,21 @@ class ShardWriter:
                 with contextlib.suppress(OSError):
                     self._tar.close()
                     self._file.close()
-                self._partial().unlink()
+                self._partial.unlink()
                 self._tar = self._file = None
 
-    def _partial(self) -> Path:
-        return self.folder / f"{self.prefix}-{len(self.paths):05d}.tar.partial"
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.paths):05d}.tar"
 
     def _finish(self) -> None:
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        partial = self._partial()
-        path = partial.with_suffix("")
+        partial, path = self._partial, self._path
         # The index first: no shard is ever without one, and one without its shard is replaced by the next writer's.
         index = path.with_name(f"{path.name}.index")
-        write_whole(index, index_bytes(index_shard(partial, hashes=True)))
+        write_bytes(index, index_bytes(index_shard(partial, hashes=True)))
         try:
             os.replace(partial, path)
         except OSError:

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
 from imagen_lightning.errors import InputError, counted
+from imagen_lightning.io.lines import lines
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,11 @@ class Reason(str, Enum):
     NO_CAPTION = "caption missing or empty"
     CAPTION_NOT_UTF8 = "caption not UTF-8"
     BAD_JSON = "bad JSON"
+    BAD_ROW = "more cells than columns"
     TRUNCATED_IMAGE = "truncated image"
     UNDECODABLE = "undecodable image"
     TOO_MANY_PIXELS = "image over the pixel limit"
+    OTHER_FORMAT = "image format not read"
     TOO_SMALL = "image too small"
     DUPLICATE_KEY = "duplicate key"
     UNSAFE_MEMBER = "unsafe member name or type"
@@ -37,6 +40,12 @@ class Reason(str, Enum):
     BAD_TEXT_STATES = "undecodable text states"
     NAN_TEXT_STATES = "text states not finite"
     OTHER_ENCODER = "text states of another encoder"
+
+
+def counted_by_kind(counts: Mapping[str, int]) -> str:
+    """Return "3 xyz, 1 cls", the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in ordered)
 
 
 class Unusable(Exception):
@@ -95,7 +104,7 @@ class SkipLog:
         whole = before[: before.rfind(b"\n") + 1]
         if past and len(whole) < len(before):  # a kill tore the last line
             os.truncate(path, len(whole))
-        self._listed = set(whole.decode(errors="replace").splitlines())
+        self._listed = set(lines(whole.decode(errors="replace")))
         if past:
             self._write(self._seen)
 
@@ -125,13 +134,23 @@ class SkipLog:
         if skips and len(self._recent) >= self.at_least:
             self._judge(self._recent_skips, len(self._recent), (item for item in self._recent if item is not None))
 
-    def record_index(self, num_used: int, skips: Sequence[Skip]) -> None:
-        """Notes what the walk through the shards found, judged over all of it.
+    def record_index(self, num_used: int, skips: Sequence[Skip], unread: Mapping[str, int] = {}) -> None:
+        """Note what the walk through the shards found, judged over all of it.
+
+        Args:
+            num_used: samples that may be used.
+            skips: samples that cannot.
+            unread: number of members that belong to no sample, by suffix.
 
         Raises:
-            InputError: nothing is usable, or the share of skips is above the limit.
+            InputError: nothing is usable, or the fraction of skips is above the limit.
         """
         self.note(skips)
+        if not num_used and not skips and unread:
+            raise InputError(
+                f"no samples: the shards hold {counted_by_kind(unread)} and no image KEY.jpg, KEY.png or KEY.webp; "
+                "name the members so"
+            )
         if num_used == 0 or num_used + len(skips) >= self.at_least:
             self._judge(len(skips), num_used + len(skips), skips)
 
@@ -148,7 +167,7 @@ class SkipLog:
     def complaint(self, num_skips: int, num_samples: int, skips: Sequence[Skip]) -> str:
         """The line that stops a run, with the leading reason."""
         if not skips:
-            return "no samples: the shards are empty"
+            return "no samples: the shards hold none"
         reason, count = Counter(skip.reason for skip in skips).most_common(1)[0]
         first = next(skip for skip in skips if skip.reason == reason)
         return (
@@ -160,9 +179,9 @@ class SkipLog:
     def _write(self, skips: Iterable[Skip]) -> None:
         if self.listing is None:
             return
-        lines = [json.dumps({"shard": s.shard, "key": s.key, "reason": s.reason.value}) for s in skips]
-        lines = [line for line in lines if line not in self._listed]
-        if lines:
+        texts = [json.dumps({"shard": s.shard, "key": s.key, "reason": s.reason.value}) for s in skips]
+        texts = [text for text in texts if text not in self._listed]
+        if texts:
             self.listing.parent.mkdir(parents=True, exist_ok=True)
             with self.listing.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
+                file.write("".join(f"{text}\n" for text in texts))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from imagen_lightning.data.braces import expand_braces
 from imagen_lightning.data.dataset import Decoder, LoadedBatch, Sample, collate
 from imagen_lightning.data.filters import Filter, FilterCounts
 from imagen_lightning.data.metadata import parse_json
@@ -65,8 +66,6 @@ def stream_addresses(patterns: str | Path | Sequence[str | Path], allow_pipe: bo
     Raises:
         InputError: a command without `allow_pipe`, or as `list_shards`.
     """
-    from braceexpand import braceexpand
-
     addresses: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         text = str(pattern)
@@ -80,10 +79,7 @@ def stream_addresses(patterns: str | Path | Sequence[str | Path], allow_pipe: bo
                 f"shards {text!r}: a shell would run this command with your rights; where you trust whoever wrote it, "
                 "set allow_pipe: true"
             )
-        try:
-            addresses.extend(braceexpand(text))
-        except ValueError:
-            raise InputError(f"shards {text!r}: the braces do not pair") from None
+        addresses.extend(expand_braces(text))
     if not addresses:
         raise InputError("no shards were named")
     return addresses

@@ -18,8 +18,7 @@ from imagen_lightning.data import tar
 from imagen_lightning.data.remote import _network_errors as network_errors
 from imagen_lightning.data.remote import filesystem
 from imagen_lightning.data.skips import Reason, Skip
-from imagen_lightning.data.walk import NUM_KINDS, SUFFIXES
-from imagen_lightning.data.walk import _split as split_name
+from imagen_lightning.data.walk import IMAGE, NUM_KINDS, OTHER_IMAGES, SUFFIXES, is_whole, split_name, split_suffix
 
 MAX_MEMBER_BYTES = 2**28
 
@@ -189,11 +188,26 @@ def _path_and_size(text: bytes) -> tuple[str | None, int | None]:
         raise BadHeader from None
 
 
+class _Open:
+    """A sample whose members are being read."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.members: list[bytes | None] = [None] * NUM_KINDS
+        self.fault: Reason | None = None
+        self.other_image = False
+
+    @property
+    def kinds(self) -> list[int]:
+        return [kind for kind, data in enumerate(self.members) if data is not None]
+
+
 class SampleReader:
     """Groups the members of one shard to samples, read forward.
 
     A fault leaves out the sample whole: one that the shard's end cuts off (where the mark of its end is missing, the
-    last one may lack members), an unsafe member, two of one kind, or a key that came before.
+    last one may lack members), an unsafe member, two of one kind, or a key that came before. Keys with dots are as in
+    `walk`, among members that are neighbours.
 
     Args:
         shard: its address.
@@ -201,9 +215,10 @@ class SampleReader:
 
     def __init__(self, shard: str) -> None:
         self.shard = shard
-        self._key = ""  # of the sample whose members are being read
-        self._members: list[bytes | None] = [None] * NUM_KINDS
-        self._fault: Reason | None = None
+        self._plain = _Open("")  # the sample of the key that ends at the first dot
+        self._last = self._plain  # the sample of the last member
+        self._dotted: _Open | None = None  # one of a longer key
+        self._parts: list[_Open] = []  # further ones that lack an image or a caption; their bytes are gone
         self._seen: OrderedDict[int, None] = OrderedDict()
 
     def __iter__(self) -> Iterator[RawSample | Skip]:
@@ -211,41 +226,87 @@ class SampleReader:
             with open_stream(self.shard) as stream:
                 yield from self._samples(Tape(stream))
         except EOFError:
-            yield Skip(self.shard, self._key, Reason.TRUNCATED_SHARD)
+            yield from self._cut(Reason.TRUNCATED_SHARD)
         except BadHeader:
-            yield Skip(self.shard, self._key, Reason.BAD_HEADER)
+            yield from self._cut(Reason.BAD_HEADER)
         except _read_errors():
-            yield Skip(self.shard, self._key, Reason.UNREADABLE_SHARD)
+            yield from self._cut(Reason.UNREADABLE_SHARD)
 
     def _samples(self, tape: Tape) -> Iterator[RawSample | Skip]:
         for name, size, reason in tape_members(tape):
             key, suffix = split_name(name)
-            kind = SUFFIXES.get(suffix.lower())
-            if not key or ".." in name.split("/") or kind is None:
+            more, tail = split_suffix(suffix)
+            kind = SUFFIXES.get(tail)
+            other_image = tail in OTHER_IMAGES
+            if not key or ".." in name.split("/") or (kind is None and not other_image and reason is None):
                 if reason is not None:
                     yield Skip(self.shard, key or name, reason)
                 continue
-            if key != self._key:
+            if key != self._plain.key:
                 yield from self._finish()
-                self._key = key
+                self._plain = _Open(key)
+            sample = self._plain
+            if more and (kind is not None or other_image):
+                if self._dotted is None or self._dotted.key != f"{key}.{more}":
+                    yield from self._finish_dotted()
+                    self._dotted = _Open(f"{key}.{more}")
+                sample = self._dotted
+            self._last = sample
+            if kind is None:
+                sample.other_image = sample.other_image or other_image
+                sample.fault = sample.fault or reason
+                continue
             if size > MAX_MEMBER_BYTES:
                 reason = Reason.UNDECODABLE
-            elif self._members[kind] is not None:
+            elif sample.members[kind] is not None:
                 reason = Reason.DUPLICATE_KEY
-            self._fault = self._fault or reason
-            self._members[kind] = tape.read(size) if reason is None else b""
+            sample.fault = sample.fault or reason
+            if reason is None:
+                sample.members[kind] = tape.read(size)
         yield from self._finish()
 
+    def _cut(self, reason: Reason) -> Iterator[RawSample | Skip]:
+        """Leave out the sample that may lack members because the shard ends here."""
+        if self._last.key:
+            self._last.fault = reason
+            yield from self._finish()
+        else:
+            yield Skip(self.shard, "", reason)
+
     def _finish(self) -> Iterator[RawSample | Skip]:
-        """Gives the sample all of whose members have been read, and begins another."""
-        members, fault = self._members, self._fault
-        self._members, self._fault = [None] * NUM_KINDS, None
-        if not self._key:
-            return
-        known = hash(self._key)
+        """Give the samples whose members have all been read."""
+        yield from self._finish_dotted()
+        plain, parts = self._plain, self._parts
+        self._plain, self._parts = _Open(""), []
+        if plain.kinds:  # the parts are further members of this sample
+            plain.fault = next((part.fault for part in [plain, *parts] if part.fault is not None), None)
+        else:
+            for part in parts:
+                lacks = Reason.NO_IMAGE if part.members[IMAGE] is None else Reason.NO_CAPTION
+                yield self._given(part, lacks)
+        if plain.kinds or plain.other_image or plain.fault is not None:
+            yield self._given(plain)
+
+    def _finish_dotted(self) -> Iterator[RawSample | Skip]:
+        sample, self._dotted = self._dotted, None
+        if sample is not None and is_whole(sample.kinds):
+            yield self._given(sample)
+        elif sample is not None:
+            sample.members = [None if data is None else b"" for data in sample.members]
+            self._parts.append(sample)
+
+    def _given(self, sample: _Open, lacks: Reason | None = None) -> RawSample | Skip:
+        """A sample, or why it cannot be used."""
+        fault = sample.fault
+        if sample.other_image and sample.members[IMAGE] is None:
+            fault = fault or Reason.OTHER_FORMAT
+        fault = fault or lacks
+        known = hash(sample.key)
         if known in self._seen:
             fault = fault or Reason.DUPLICATE_KEY
         self._seen[known] = None
         if len(self._seen) > _KNOWN_KEYS:
             self._seen.popitem(last=False)
-        yield RawSample(self.shard, self._key, members) if fault is None else Skip(self.shard, self._key, fault)
+        return (
+            RawSample(self.shard, sample.key, sample.members) if fault is None else Skip(self.shard, sample.key, fault)
+        )

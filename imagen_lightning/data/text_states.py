@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from imagen_lightning.data.decode import decode_captions
-from imagen_lightning.data.shards import CAPTION, METADATA, Shards
+from imagen_lightning.data.shards import CAPTION, METADATA, Shards, match_files
 from imagen_lightning.data.skips import Reason, Unusable
 from imagen_lightning.text.cached import SUFFIX, StatesFile
 from imagen_lightning.text.identity import difference
@@ -196,7 +196,7 @@ def _find(files: str) -> dict[str, Path]:
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), f"*{SUFFIX}")
     found: dict[str, Path] = {}
-    for name in sorted(glob.glob(pattern, recursive=True)):
+    for name in match_files(pattern):
         path = Path(name)
         if path.suffix == SUFFIX and found.setdefault(path.stem, path) != path:
             raise InputError(f"two files of text states for shard {path.stem!r}: {found[path.stem]} and {path}")

@@ -8,7 +8,7 @@ import os
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -23,12 +23,21 @@ NUM_KINDS = 4
 SUFFIXES = {
     "jpg": IMAGE,
     "jpeg": IMAGE,
+    "jpe": IMAGE,
+    "jfif": IMAGE,
     "png": IMAGE,
     "webp": IMAGE,
     "txt": CAPTION,
     "json": METADATA,
     "text.npz": TEXT_STATES,
 }
+OTHER_IMAGES = frozenset({"bmp", "dib", "gif", "pbm", "pgm", "pnm", "ppm", "tga", "tif", "tiff"}).union(
+    {"avif", "dng", "exr", "heic", "heif", "ico", "j2k", "jp2", "jxl", "pcx", "psd", "svg"}
+)
+"""Suffixes of images in formats that shards are not read in."""
+
+NO_KEY = "not KEY.suffix"
+"""What members are counted under whose names are not of this form."""
 
 _ABSENT = array("q", [-1, 0] * NUM_KINDS)
 _MEMBER_HEAD = struct.Struct("<BQ")
@@ -54,8 +63,23 @@ class Arrays(NamedTuple):
     sha256: np.ndarray | None = None
 
 
+class _Odd(NamedTuple):
+    """A member that is not simply one of a known suffix."""
+
+    name: str
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    reason: Reason | None
+
+
 def walk(descriptor: int, path: str) -> tuple[Arrays, dict[str, Reason], dict[str, int]]:
-    """The samples of a tar, without SHA-256, the faults by key, and the number of members by suffix.
+    """Return the samples of a tar, without SHA-256, the faults by key, and the number of members by suffix.
+
+    A key ends at the first dot of a member's name. Where what follows is not known but ends in a known suffix, as in
+    `KEY.hd.jpg`, the member is one of the sample `KEY.hd`, if that has an image and a caption or if there is no sample
+    `KEY`; otherwise it is a further member of `KEY`, not read, and counted as `hd.jpg`.
 
     Raises:
         InputError: the tar is compressed.
@@ -65,25 +89,25 @@ def walk(descriptor: int, path: str) -> tuple[Arrays, dict[str, Reason], dict[st
     spans = array("q")
     faults: dict[str, Reason] = {}
     suffixes: list[str] = []
+    odd: list[_Odd] = []
     last, row = "", -1
     for run in members(descriptor, path):
-        if run.reason is not None:
-            name = run.names[0]
-            torn = run.reason in (Reason.TRUNCATED_SHARD, Reason.BAD_HEADER)
-            faults.setdefault(last if torn and not name else _split(name)[0] or name, run.reason)
-            continue
         for name, offset, size in zip(run.names, run.offsets, run.sizes):
             key, _, suffix = name.partition(".")
             if not key or not suffix or "/" in name:
-                key, suffix = _split(name)
-                if not key:
+                key, suffix = split_name(name)
+            kind = SUFFIXES.get(suffix)
+            if kind is None or run.reason is not None:
+                more, tail = split_suffix(suffix)
+                kind = SUFFIXES.get(tail)
+                if more or kind is None or run.reason is not None:
+                    odd.append(_Odd(name, key if name else last, suffix, offset, size, run.reason))
+                    last = f"{key}.{more}" if more and kind is not None else last
                     continue
+                suffix = tail
             suffixes.append(suffix)
             if key != last:
                 last, row = key, rows.get(key, -1)
-            kind = SUFFIXES.get(suffix)
-            if kind is None and (kind := SUFFIXES.get(suffix.lower())) is None:
-                continue
             if row < 0:
                 row = rows[key] = len(rows)
                 spans.extend(_ABSENT)
@@ -92,23 +116,77 @@ def walk(descriptor: int, path: str) -> tuple[Arrays, dict[str, Reason], dict[st
                 faults.setdefault(key, Reason.DUPLICATE_KEY)
             spans[place] = offset
             spans[place + 1] = size
+    counts = Counter(suffixes)
+    counts.update(_sort_out(odd, rows, spans, faults))
     keys = [key.encode() for key in rows if key not in faults]
     good = np.ones(len(rows), dtype=bool)
     good[[rows[key] for key in faults if key in rows]] = False
     ends = np.cumsum(np.fromiter(map(len, keys), np.int64, len(keys)))
     text = np.frombuffer(b"".join(keys), np.uint8)
     table = np.frombuffer(spans, np.int64).reshape(-1, NUM_KINDS, 2) if spans else np.zeros((0, NUM_KINDS, 2), np.int64)
-    counts: Counter[str] = Counter()
-    for suffix, count in Counter(suffixes).items():
-        counts[suffix.lower()] += count
     return Arrays(table[good], text, ends), faults, dict(counts.most_common())
 
 
-def _split(name: str) -> tuple[str, str]:
+def _sort_out(odd: Sequence[_Odd], rows: dict[str, int], spans: array[int], faults: dict[str, Reason]) -> Iterator[str]:
+    """Give the remaining members to samples and faults, and yield the suffix under which each is counted."""
+    dotted: dict[tuple[str, str], list[tuple[str, _Odd]]] = {}
+    images: list[tuple[str, str]] = []
+    for member in odd:
+        more, tail = split_suffix(member.suffix)
+        full = f"{member.key}.{more}" if more else member.key
+        if more and tail in SUFFIXES:
+            dotted.setdefault((member.key, full), []).append((tail, member))
+        elif member.reason is not None:
+            faults.setdefault(member.key or member.name, member.reason)
+        else:
+            yield member.suffix.lower() if member.key else NO_KEY
+            images += [(member.key, full)] if member.key and tail in OTHER_IMAGES else []
+    for (key, full), parts in dotted.items():
+        if key in rows and not is_whole(SUFFIXES[tail] for tail, member in parts if member.reason is None):
+            reasons = [faults.pop(full, None), *(member.reason for _, member in parts)]
+            reason = next(filter(None, reasons), None)
+            if reason is not None:
+                faults.setdefault(key, reason)
+            yield from (member.suffix.lower() for _, member in parts if member.reason is None)
+            continue
+        for tail, member in parts:
+            if member.reason is not None:
+                faults.setdefault(full, member.reason)
+                continue
+            yield tail
+            if full not in rows:
+                rows[full] = len(rows)
+                spans.extend(_ABSENT)
+            place = 2 * (NUM_KINDS * rows[full] + SUFFIXES[tail])
+            if spans[place] >= 0:
+                faults.setdefault(full, Reason.DUPLICATE_KEY)
+            spans[place : place + 2] = array("q", [member.offset, member.size])
+    for key, full in images:
+        if full in rows:
+            if spans[2 * (NUM_KINDS * rows[full] + IMAGE)] < 0:
+                faults.setdefault(full, Reason.OTHER_FORMAT)
+        elif key not in rows:
+            faults.setdefault(full, Reason.OTHER_FORMAT)
+
+
+def is_whole(kinds: Iterable[int]) -> bool:
+    """Return whether members of these kinds make a sample: an image and a caption."""
+    there = set(kinds)
+    return IMAGE in there and bool(there & {CAPTION, METADATA})
+
+
+def split_name(name: str) -> tuple[str, str]:
     """`FOLDER/KEY.suffix` to key (with the folder) and suffix; ("", "") for names that are no sample's member."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     key, _, suffix = base.partition(".")
     return (f"{folder}{slash}{key}", suffix) if key and suffix else ("", "")
+
+
+def split_suffix(suffix: str) -> tuple[str, str]:
+    """`hd.JPG` to what belongs to a longer key and the suffix proper in lower case: ("hd", "jpg")."""
+    lower = suffix.lower()
+    tail = "text.npz" if lower.endswith(".text.npz") or lower == "text.npz" else lower.rpartition(".")[2]
+    return suffix[: -len(tail)].rstrip(".") if tail else "", tail
 
 
 def json_fields(descriptor: int, spans: np.ndarray) -> list[str]:

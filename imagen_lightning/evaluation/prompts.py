@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.lines import lines
 
 _PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 _CATEGORY_COLUMNS = ("category", "tag")
@@ -56,7 +57,8 @@ def read_prompts(path: str | Path) -> PromptSet:
     """Reads a prompt set; the suffix tells the format (.tsv, .csv, .jsonl, else one caption a line).
 
     Raises:
-        InputError: no such file, not UTF-8, no prompt column, a damaged line, or no prompt at all.
+        InputError: no such file, not UTF-8, no prompt column or two of one name, a damaged line, a row without
+            prompt, or no prompt at all. Blank lines are no rows.
     """
     path = Path(path)
     try:
@@ -71,7 +73,7 @@ def read_prompts(path: str | Path) -> PromptSet:
     elif kind == ".jsonl":
         pairs = _json_lines(text, path)
     else:
-        pairs = [(line, "") for line in text.splitlines()]
+        pairs = [(line, "") for line in lines(text)]
     pairs = [(encodable(prompt), encodable(category)) for prompt, category in pairs]
     pairs = [(" ".join(prompt.split()), category.strip()) for prompt, category in pairs if prompt.strip()]
     if not pairs:
@@ -86,28 +88,41 @@ def encodable(text: str) -> str:
 
 def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, str]]:
     # Published TSVs quote nothing: a quotation mark there belongs to the prompt.
-    lines = io.StringIO(text, newline="")
-    if delimiter == "\t":
-        reader = csv.DictReader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.DictReader(lines)
-    names = {name.strip().lower(): name for name in reader.fieldnames or [] if name}
-    prompt = next((names[name] for name in _PROMPT_COLUMNS if name in names), None)
-    category = next((names[name] for name in _CATEGORY_COLUMNS if name in names), None)
-    if prompt is None:
-        raise InputError(
-            f"--prompts {str(path)!r} has no column {' or '.join(_PROMPT_COLUMNS)}; its columns are "
-            f"{', '.join(map(repr, reader.fieldnames or []))}"
-        )
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    pairs: list[tuple[str, str]] = []
     try:
-        return [(row[prompt] or "", (row[category] or "") if category else "") for row in reader]
+        names = [name.strip().lower() for name in next(reader, [])]
+        twice = next((name for name in names if name and names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"--prompts {str(path)!r} has several columns {twice!r}; give each a name of its own")
+        prompt = next((names.index(name) for name in _PROMPT_COLUMNS if name in names), None)
+        category = next((names.index(name) for name in _CATEGORY_COLUMNS if name in names), None)
+        if prompt is None:
+            raise InputError(
+                f"--prompts {str(path)!r} has no column {' or '.join(_PROMPT_COLUMNS)}; its columns are "
+                f"{', '.join(map(repr, names))}"
+            )
+        for row in reader:
+            cells = [*row, *[""] * (len(names) - len(row))]
+            if any(cells[len(names) :]):
+                raise InputError(f"--prompts {str(path)!r}: line {reader.line_num} has more cells than columns")
+            if any(map(str.strip, cells)):
+                pairs.append((cells[prompt], "" if category is None else cells[category]))
+                _check_prompt(cells[prompt], reader.line_num, path)
     except csv.Error as error:
         raise InputError(f"--prompts {str(path)!r} is damaged near line {reader.line_num}: {error}") from None
+    return pairs
+
+
+def _check_prompt(prompt: str, line: int, path: Path) -> None:
+    if not prompt.strip():
+        raise InputError(f"--prompts {str(path)!r}: line {line} has no prompt; fill it in, or drop the line")
 
 
 def _json_lines(text: str, path: Path) -> list[tuple[str, str]]:
     pairs = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -117,5 +132,6 @@ def _json_lines(text: str, path: Path) -> list[tuple[str, str]]:
             raise InputError(f"--prompts {str(path)!r}: line {number} is no JSON object with a prompt") from None
         if not isinstance(prompt, str) or not isinstance(category, str):
             raise InputError(f"--prompts {str(path)!r}: line {number} has a prompt or tag that is no text")
+        _check_prompt(prompt, number, path)
         pairs.append((prompt, category))
     return pairs

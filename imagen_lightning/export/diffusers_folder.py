@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or something else in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{str(path)!r} is missing ({first_line(error)}); copy the whole pipeline") from error
     except ValueError as error:

@@ -124,7 +124,7 @@ def _for_layer(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"its {path.name} cannot be read ({first_line(error)}); copy the whole folder") from error
     except ValueError as error:

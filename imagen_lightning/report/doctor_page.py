@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from imagen_lightning.data.doctor import Contents, Examination
+from imagen_lightning.data.skips import counted_by_kind
 from imagen_lightning.errors import counted
 from imagen_lightning.report.figures import COLOURS, empty
 from imagen_lightning.report.markup import element
@@ -185,6 +186,9 @@ def _pairs(section: Section, pairs: Sequence[tuple[Contents, int, Contents, int]
 
 
 def _skips(section: Section, contents: Contents) -> None:
+    if contents.unread:
+        rows = [[suffix, count] for suffix, count in sorted(contents.unread.items(), key=lambda item: -item[1])]
+        section.add(table(["Suffix", "Members"], rows, caption="Members that are not read"))
     if not contents.skips:
         return
     reasons = [[reason, count] for reason, count in contents.reasons.most_common()]
@@ -202,6 +206,8 @@ def summary(found: Examination) -> str:
         f"{len(contents.skips)} cannot be used"
     ]
     lines += [f"  {count} {reason}" for reason, count in contents.reasons.most_common()]
+    if contents.unread:
+        lines.append(f"members not read: {counted_by_kind(contents.unread)}")
     if len(contents):
         sides, aspects = contents.short_sides, contents.aspects
         low, middle, high = np.quantile(sides, [0.05, 0.5, 0.95])

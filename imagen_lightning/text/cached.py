@@ -278,7 +278,8 @@ class StatesFile:
         self._captions, self._offsets = self._captions[:0], self._offsets[:1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_captions": self._captions[:0].copy()}
+        empty = {"_captions": self._captions[:0].copy(), "_offsets": self._offsets[:1].copy()}
+        return {**self.__dict__, "_file": None, **empty}
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:

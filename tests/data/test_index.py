@@ -348,7 +348,7 @@ def test_a_damaged_index_is_told_and_made_anew(tmp_path, caplog, change):
             "flip": data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
             "cut": data[:-5],
             "empty": b"",
-            "other format": data.replace(b"index 1", b"index 9"),
+            "other format": data.replace(b"index 2", b"index 9"),
             "no index": b"\x02\0\0\0\0\0\0\0{}",
         }[change]
     )
@@ -388,7 +388,7 @@ def test_an_index_that_can_be_kept_nowhere_serves_all_the_same(tmp_path, monkeyp
     def full(file, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module, "write_whole", full)
+    monkeypatch.setattr(index_module, "write_bytes", full)
     index = open_index(str(path), cache=tmp_path)
     assert list(index.keys) == [f"{number:05d}" for number in range(5)]
     assert "can be kept nowhere" in caplog.text

@@ -783,12 +783,14 @@ def test_workers_that_fail_or_are_killed(tmp_path):
     killer.join()
     assert not multiprocessing.active_children()
 
-    (out / "train-00001.tar.partial").mkdir()  # in the way of a worker
-    (out / "train-00001.tar.partial" / "x").touch()
+    blocked = next(
+        out / f"train-{number:05d}.tar" for number in range(9) if not (out / f"train-{number:05d}.tar").exists()
+    )
+    (blocked / "x").mkdir(parents=True)  # in the way of a worker
     with pytest.raises(InputError, match="cannot be read or written"):
         write_shards(source, out, **OPTIONS, workers=2)
-    (out / "train-00001.tar.partial" / "x").unlink()
-    (out / "train-00001.tar.partial").rmdir()
+    (blocked / "x").rmdir()
+    blocked.rmdir()
     write_shards(source, out, **OPTIONS, workers=2)
     write_shards(source, tmp_path / "whole", **OPTIONS)
     assert tree(out) == tree(tmp_path / "whole")

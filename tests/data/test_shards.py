@@ -74,15 +74,15 @@ def test_index_gives_the_members_that_tarfile_sees(tmp_path, format_, prefix):
     if format_ == tarfile.USTAR_FORMAT and "ü" in prefix:
         pytest.skip("ustar cannot hold such a name")
     members = [member for number in range(5) for member in sample_members(f"{prefix}{number:04d}", number)]
-    path = write_tar(
-        tmp_path / "a.tar", [*members, (f"{prefix}README", b"?"), (f"{prefix}._0000.jpg", b"?")], format=format_
-    )
+    hidden = f"{prefix if prefix.endswith('/') else ''}._0000.jpg"
+    path = write_tar(tmp_path / "a.tar", [*members, (f"{prefix}README", b"?"), (hidden, b"?")], format=format_)
     index = index_shard(path)
     with tarfile.open(path) as tar:
         expected = {info.name: tar.extractfile(info).read() for info in tar}
     found = contents(index)
     assert len(found) == 5
     assert not index.skips
+    assert index.unread == {"not KEY.suffix": 2}
     for key, values in found.items():
         name = key if prefix != "./" else f"./{key}"
         assert values == [expected[f"{name}.{suffix}"] for suffix in ("jpg", "json", "text.npz", "txt")]

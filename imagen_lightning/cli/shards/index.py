@@ -24,12 +24,13 @@ def main(argv: list[str]) -> int:
     """Runs `imagen-lightning shards index` with the arguments after that and returns the exit code."""
     arguments = parser().parse_args(argv)
     from imagen_lightning.data.index import cache_folder, map_shards
+    from imagen_lightning.data.shard_cache import cache_size
     from imagen_lightning.data.shards import list_shards
 
     shards = list_shards(arguments.shards)
     cache = arguments.cache or cache_folder()
     job = partial(
-        _index, hashes=arguments.hashes, cache=cache, cache_bytes=round(arguments.cache_gb * 1e9), force=arguments.force
+        _index, hashes=arguments.hashes, cache=cache, cache_bytes=cache_size(arguments.cache_gb), force=arguments.force
     )
     start = time.perf_counter()
     indexes = []
@@ -70,16 +71,21 @@ def _line(index: ShardIndex) -> str:
 
 def _summary(indexes: list[ShardIndex], seconds: float) -> str:
     samples, size = sum(index.num_samples for index in indexes), sum(index.size for index in indexes)
+    from imagen_lightning.data.skips import counted_by_kind
+
     members: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     for index in indexes:
         members.update(index.members)
+        unread.update(index.unread)
         faults.update(skip.reason.value for skip in index.skips)
         faults.update({reason.value: count for reason, count in index.missing().items() if count})
     fields = sorted({name for index in indexes for name in index.fields})
     lines = [
         f"{counted(len(indexes), 'shard')}, {counted(samples, 'sample')}, {size / 1e6:.1f} MB",
-        "members: " + (", ".join(f"{count} {suffix}" for suffix, count in members.most_common()) or "none"),
+        "members: " + (counted_by_kind({suffix: members[suffix] for suffix in members.keys() - unread}) or "none"),
+        "members not read: " + (counted_by_kind(unread) or "none"),
         "fields of the json: " + (", ".join(fields) or "none"),
         "faults: " + (", ".join(f"{count} {reason}" for reason, count in faults.most_common()) or "none"),
         f"{seconds:.2f} s: {samples / seconds:,.0f} samples/s, {size / 1e6 / seconds:,.0f} MB/s",

@@ -37,11 +37,12 @@ def main(argv: list[str]) -> int:
     """Runs `imagen-lightning shards verify` with the arguments after that and returns the exit code."""
     arguments = parser().parse_args(argv)
     from imagen_lightning.data.index import cache_folder, map_shards
+    from imagen_lightning.data.shard_cache import cache_size
     from imagen_lightning.data.shards import list_shards
 
     shards = list_shards(arguments.shards)
     cache = arguments.cache or cache_folder()
-    job = partial(_verify, cache=cache, cache_bytes=round(arguments.cache_gb * 1e9))
+    job = partial(_verify, cache=cache, cache_bytes=cache_size(arguments.cache_gb))
     start = time.perf_counter()
     samples = size = 0
     reasons: Counter[str] = Counter()

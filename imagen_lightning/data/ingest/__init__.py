@@ -11,11 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from imagen_lightning.data.filters import Filter, FilterCounts
+from imagen_lightning.data.index import MAX_WORKERS
 from imagen_lightning.data.ingest.lock import FolderLock, locked
 from imagen_lightning.data.ingest.making import Job, Progress, make_shards
 from imagen_lightning.data.ingest.plan import SKIPPED, SPLITS, Out, Task, list_records
 from imagen_lightning.data.ingest.samples import ImageSettings
 from imagen_lightning.data.ingest.sources import open_source
+from imagen_lightning.data.skips import counted_by_kind
 from imagen_lightning.errors import InputError, counted
 
 __all__ = ["GOES_ON", "SKIPPED", "Written", "write_shards"]
@@ -34,6 +36,7 @@ class Written:
         shards: number of shards by split.
         skipped: number of records that could not be used, by reason.
         filtered: number of records that the filter removed, by the first condition that did.
+        unread: number of files of the source that are no images and no part of one, by kind.
         num_made: number of shards that this run made.
     """
 
@@ -41,15 +44,18 @@ class Written:
     shards: dict[str, int]
     skipped: dict[str, int]
     filtered: dict[str, int]
+    unread: dict[str, int]
     num_made: int
 
     def __str__(self) -> str:
         """ "12 samples skipped: 10 undecodable image, 2 bad JSON", and what the filter did, if there was one."""
-        parts = ", ".join(f"{count} {reason}" for reason, count in _leading(self.skipped).items())
+        parts = counted_by_kind(self.skipped)
         text = f"{counted(sum(self.skipped.values()), 'sample')} skipped" + (f": {parts}" if parts else "")
         if self.filtered:
             seen = sum(self.samples.values()) + sum(self.filtered.values())
             text += f"; filter: {FilterCounts(seen, _leading(self.filtered))}"
+        if self.unread:
+            text += f"; {counted(sum(self.unread.values()), 'other file')} not read: {counted_by_kind(self.unread)}"
         return text
 
 
@@ -109,8 +115,8 @@ def write_shards(
         raise InputError(f"held-out share {held_out} must be at least 0 and below 1")
     if held_out_by is not None and held_out == 0:
         raise InputError(f"held-out by {held_out_by!r} needs a held-out share above 0")
-    if workers is not None and workers < 0:
-        raise InputError(f"{workers} workers: give 0 for none, or more")
+    if workers is not None and not 0 <= workers <= MAX_WORKERS:
+        raise InputError(f"{workers} workers: give 0 for none, or up to {MAX_WORKERS}")
     images = ImageSettings(max_side, short_side, image_format, quality)
     conditions = None if filter is None else Filter.parse(filter)
     captions = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
@@ -183,6 +189,7 @@ def _written(folder: Out, num_made: int) -> Written:
         shards={split: sum(map(bool, counts)) for split, counts in of_split.items()},
         skipped=plan["skipped"],
         filtered=plan["filtered"],
+        unread=plan.get("unread", {}),
         num_made=num_made,
     )
 

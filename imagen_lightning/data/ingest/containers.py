@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
+import posixpath
 import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from heapq import heappop, heappush
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from imagen_lightning.data.ingest.record import TOO_MANY_BYTES, Fault
+from imagen_lightning.data.ingest.record import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, READ_SUFFIXES, TOO_MANY_BYTES, Fault
 from imagen_lightning.data.skips import Reason
 from imagen_lightning.errors import InputError
 
@@ -47,6 +49,16 @@ class Container(ABC):
             Fault: there is none, it is longer than `limit`, damaged, or has a name that leads elsewhere.
         """
 
+    def read_image(self, name: str) -> bytes:
+        """Return an image file's bytes.
+
+        Raises:
+            Fault: as `read`, or of a format that is not read.
+        """
+        if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES - READ_SUFFIXES:
+            raise Fault(Reason.OTHER_FORMAT)
+        return self.read(name, MAX_IMAGE_BYTES)
+
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """A table, to be read at any offset."""
@@ -71,8 +83,13 @@ def is_resource_fork(name: str) -> bool:
     return path.name.startswith("._") or "__MACOSX" in path.parts
 
 
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 class Folder(Container):
-    """A folder and those below it; links to folders are not followed.
+    """A folder and those below it. Links to folders are followed once, but not to one that holds this folder.
 
     Args:
         path: the folder.
@@ -88,22 +105,42 @@ class Folder(Container):
         return self._path
 
     def files(self) -> Iterator[tuple[str, str, str | None]]:
-        def refuse(error: OSError) -> None:
-            raise error
-
-        found = []
-        for folder, _, names in os.walk(self._path, onerror=refuse):
-            relative = PurePosixPath(Path(folder).relative_to(self._path).as_posix())
-            found += [str(relative / name) for name in names]
-        for name in sorted(found):
+        for name in sorted(self._names()):
             try:
                 status = (self._path / name).stat()
-            except OSError as error:
+            except OSError as error:  # noqa: PERF203
                 if error.errno not in _OF_THE_FILE:
                     raise
-                continue  # a link to nothing
-            if stat.S_ISREG(status.st_mode) and not is_resource_fork(name):
-                yield name, str(status.st_size), None
+                yield name, "", Reason.NO_IMAGE.value  # a link to nothing
+            else:
+                regular = stat.S_ISREG(status.st_mode)
+                yield name, str(status.st_size) if regular else "", None if regular else Reason.UNSAFE_MEMBER.value
+
+    def _names(self) -> Iterator[str]:
+        """All but folders, of which each is entered once: by its own name, else by the first link to it."""
+        above = {_identity(folder) for folder in self._path.resolve().parents}
+        seen: set[tuple[int, int]] = set()
+        folders, links = [""], list[str]()
+        while folders or links:
+            folder = folders.pop() if folders else heappop(links)
+            identity = _identity(self._path / folder)
+            if identity in above:
+                yield folder
+            if identity in seen | above:
+                continue
+            seen.add(identity)
+            with os.scandir(self._path / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if not entry.is_symlink():
+                        if entry.is_dir():
+                            folders.append(name)
+                        else:
+                            yield name
+                    elif os.path.isdir(entry.path):
+                        heappush(links, name)
+                    else:
+                        yield name
 
     def read(self, name: str, limit: int) -> bytes:
         if self.inside and leads_out(name):
@@ -153,7 +190,7 @@ class Zip(Container):
     def files(self) -> Iterator[tuple[str, str, str | None]]:
         self._archive()
         for info in self._archive().infolist():
-            if info.is_dir() or is_resource_fork(info.filename):
+            if info.is_dir():
                 continue
             fault = None
             if leads_out(info.filename):

@@ -62,10 +62,10 @@ class _OneShard(ShardWriter):
 
     def __init__(self, folder: Path, task: Task) -> None:
         super().__init__(folder, task.split, sys.maxsize)
-        self._name = f"{task.name}.tar.partial"
+        self._task = task
 
-    def _partial(self) -> Path:
-        return self.folder / self._name
+    def _name(self) -> str:
+        return f"{self._task.name}.tar"
 
 
 def make_shard(job: Job, task: Task, watch: Callable[[Progress], object]) -> None:

@@ -11,15 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from imagen_lightning.data.ingest.record import Source
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import whole_file
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
@@ -73,10 +75,12 @@ class Listing:
     Attributes:
         records: number and place of each, by split.
         digest: SHA-256 of all names, groups and stamps.
+        unread: number of other files, by kind.
     """
 
     records: dict[str, list[tuple[int, Any]]]
     digest: str
+    unread: dict[str, int]
 
     @property
     def num_records(self) -> int:
@@ -113,7 +117,7 @@ def list_records(source: Source, held_out: float, group_by: str | None, progress
             digest.update(len(data).to_bytes(8, "big") + data)
     digest.update(source.stamp().encode())
     source.close()
-    return Listing(records, digest.hexdigest())
+    return Listing(records, digest.hexdigest(), source.unread())
 
 
 def _share(name: str) -> float:
@@ -160,7 +164,7 @@ class Out:
         found = {"num_records": listing.num_records, "listing_sha256": listing.digest}
         if not self.plan:
             shards = {split: sum(task.split == split for task in tasks) for split in SPLITS}
-            self.plan = {**self.request, **found, "shards": shards, "finished": False}
+            self.plan = {**self.request, **found, "unread": listing.unread, "shards": shards, "finished": False}
             self._write_plan()
         elif any(self.plan.get(key) != value for key, value in found.items()):
             raise InputError(
@@ -186,8 +190,7 @@ class Out:
     def finish(self, tasks: Iterable[Task]) -> None:
         """Gathers the notes of all shards in the plan and in skipped.jsonl."""
         totals: dict[str, Any] = {"samples": {}, "skipped": {}, "filtered": {}}
-        partial = self.folder / f"{SKIPPED}.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with _synced(self.folder / SKIPPED) as file:
             for task in tasks:
                 note = read_note(self.folder, task.name)
                 totals["samples"][task.name] = note.samples
@@ -196,11 +199,8 @@ class Out:
                         totals[kind][reason] = totals[kind].get(reason, 0) + 1
                         said = reason if kind == "skipped" else f"filter: {reason}"
                         file.write(json.dumps({"shard": self.plan["source"], "key": key, "reason": said}) + "\n")
-            _sync(file)
-        if totals["skipped"] or totals["filtered"]:
-            os.replace(partial, self.folder / SKIPPED)
-        else:
-            partial.unlink()
+        if not (totals["skipped"] or totals["filtered"]):
+            (self.folder / SKIPPED).unlink()
         self.plan |= {"finished": True, **totals}
         self._write_plan()
         self.clear_notes()
@@ -248,14 +248,16 @@ class Out:
                 raise differs(f"--{name}", self.plan["options"].get(name), value)
 
     def _write_plan(self) -> None:
-        write_whole(self.folder / PLAN, json.dumps(self.plan, indent=2) + "\n")
+        with _synced(self.folder / PLAN) as file:
+            file.write(json.dumps(self.plan, indent=2) + "\n")
 
 
 # ---- notes
 
 
 def write_note(folder: Path, shard: str, note: Note) -> None:
-    write_whole(_note_path(folder, shard), json.dumps(asdict(note)))
+    with _synced(_note_path(folder, shard)) as file:
+        file.write(json.dumps(asdict(note)))
 
 
 def read_note(folder: Path, shard: str) -> Note:
@@ -266,15 +268,10 @@ def _note_path(folder: Path, shard: str) -> Path:
     return folder / _NOTES / f"{shard}.json"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is on the disk before it has its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        _sync(file)
-    os.replace(partial, path)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _synced(path: Path) -> Iterator[TextIO]:
+    """A file to write that is on the disk before it has its name."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

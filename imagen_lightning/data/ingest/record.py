@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from imagen_lightning.data.skips import Reason
+from imagen_lightning.data.walk import OTHER_IMAGES
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+READ_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}).union(
+    {".bmp", ".dib", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff"}
+)
+IMAGE_SUFFIXES = READ_SUFFIXES | {f".{suffix}" for suffix in OTHER_IMAGES}
 MAX_IMAGE_BYTES = 2**28  # of a file, before it is read
 MAX_CAPTION_BYTES = 2**20
 TOO_MANY_BYTES = "file over the size limit"
@@ -75,6 +80,10 @@ class Source(ABC):
             InputError: damaged, no such field, or addresses in place of images.
         """
 
+    def unread(self) -> dict[str, int]:
+        """Return how many files of the source are no images and no part of one, by kind; known once it is listed."""
+        return {}
+
     @abstractmethod
     def read(self, place: Any) -> Record:
         """Reads one record; quickest in the order of the listing.
@@ -94,10 +103,16 @@ class Source(ABC):
 
 
 class Several(Source):
-    """Sources one after another."""
+    """Sources one after another.
 
-    def __init__(self, parts: list[Source]) -> None:
+    Args:
+        parts: the sources.
+        others: number of files beside them that are not read, by kind.
+    """
+
+    def __init__(self, parts: list[Source], others: Mapping[str, int] = {}) -> None:
         self.parts = parts
+        self.others = dict(others)
         self._open = 0
 
     def entries(self, group_by: str | None = None) -> Iterator[Entry]:
@@ -112,6 +127,9 @@ class Several(Source):
             self.parts[self._open].close()
             self._open = number
         return self.parts[number].read(inner)
+
+    def unread(self) -> dict[str, int]:
+        return dict(sum((Counter(part.unread()) for part in self.parts), Counter(self.others)))
 
     def stamp(self) -> str:
         return "\n".join(part.stamp() for part in self.parts)

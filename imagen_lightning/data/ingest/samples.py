@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from imagen_lightning.data.decode import decode_image
+from imagen_lightning.data.decode import FILE_FORMATS, decode_image
 from imagen_lightning.data.filters import Filter
 from imagen_lightning.data.ingest.record import Fault, Record
 from imagen_lightning.data.skips import Reason, Unusable
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.lines import lines
 
 FORMATS = ("keep", "jpg", "png", "webp")
 
-_READ = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _NAMES = {suffix: name for name, suffix in _SUFFIXES.items()}
 
@@ -83,7 +83,7 @@ def make_sample(record: Record, settings: ImageSettings, filter_: Filter | None 
     if record.image is None:
         raise Fault(Reason.NO_IMAGE)
     try:
-        image = decode_image(record.image, _READ)
+        image = decode_image(record.image, FILE_FORMATS)
     except Unusable as unusable:
         raise Fault(unusable.reason) from None
     size = image.size
@@ -112,7 +112,7 @@ def make_sample(record: Record, settings: ImageSettings, filter_: Filter | None 
 
 def _stored(data: bytes, image: Image.Image, settings: ImageSettings) -> tuple[str, bytes, tuple[int, int]]:
     """Suffix and bytes of the image to store, and its size."""
-    with Image.open(io.BytesIO(data), formats=_READ) as header:
+    with Image.open(io.BytesIO(data), formats=FILE_FORMATS) as header:
         found = str(header.format)
     wanted = _NAMES.get(settings.format) or (found if found in _SUFFIXES else "PNG")
     scale = settings.scale(image.size)
@@ -131,18 +131,18 @@ def _captions(found: bytes | list[str | bytes] | None) -> list[str]:
     """The lines of a sidecar, or a table's captions, without needless spaces."""
     try:
         if isinstance(found, bytes):
-            lines = found.decode("utf-8-sig").splitlines()
+            captions = lines(found.decode("utf-8-sig"))
         else:
-            lines = [text.decode() if isinstance(text, bytes) else text for text in found or []]
-        lines = [" ".join(line.split()) for line in lines]
-        for line in lines:
-            line.encode()
+            captions = [text.decode() if isinstance(text, bytes) else text for text in found or []]
+        captions = [" ".join(caption.split()) for caption in captions]
+        for caption in captions:
+            caption.encode()
     except UnicodeError:
         raise Fault(Reason.CAPTION_NOT_UTF8) from None
-    lines = [line for line in lines if line]
-    if not lines:
+    captions = [caption for caption in captions if caption]
+    if not captions:
         raise Fault(Reason.NO_CAPTION)
-    return lines
+    return captions
 
 
 def _plain(value: Any) -> Any:

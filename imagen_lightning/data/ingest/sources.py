@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagen_lightning.data.ingest.arrow import ArrowFile, Parquet
-from imagen_lightning.data.ingest.containers import Container, Folder, Zip
-from imagen_lightning.data.ingest.files import ImageFiles, ImageFolder, is_image
-from imagen_lightning.data.ingest.record import IMAGE_SUFFIXES, Several, Source
+from imagen_lightning.data.ingest.containers import Container, Folder, Zip, is_resource_fork
+from imagen_lightning.data.ingest.files import ImageFiles, ImageFolder, count_kinds, is_image
+from imagen_lightning.data.ingest.record import READ_SUFFIXES, Several, Source
 from imagen_lightning.data.ingest.tables import IMAGE_COLUMNS, Columns, Delimited, JsonLines, Table, Where
+from imagen_lightning.data.skips import counted_by_kind
 from imagen_lightning.errors import InputError
 
 TABLES: dict[str, type[Table]] = {
@@ -56,21 +57,26 @@ def open_source(path: Path, image_column: str | None = None, caption_columns: Se
 
 
 def _images(container: Container, columns: Columns) -> Source:
-    names = [name for name, _, fault in container.files() if fault is None]
+    files = [(name, fault) for name, _, fault in container.files()]
+    names = [name for name, fault in files if fault is None and not is_resource_fork(name)]
     preferred = Columns(columns.image, columns.captions, ("file_name", *IMAGE_COLUMNS))
-    tables: list[Source] = []
+    tables: dict[str, Source] = {}
     for name in names:
         if posixpath.basename(name) in _METADATA:
             folder, suffix = posixpath.join(posixpath.dirname(name), ""), posixpath.splitext(name)[1]
-            tables.append(TABLES[suffix](Where(container, name, folder, f"{name} "), preferred))
+            tables[name] = TABLES[suffix](Where(container, name, folder, f"{name} "), preferred)
     if tables:
-        return ImageFolder(tables, ImageFiles(container))
-    if any(map(is_image, names)):
+        return ImageFolder(list(tables.values()), ImageFiles(container, tables))
+    if any(is_image(name) for name, _ in files):
         return ImageFiles(container)
     parquet = [name for name in names if name.endswith(".parquet")]
+    others = count_kinds(name for name, _ in files if name not in set(parquet))
     if not parquet:
-        raise InputError(f"{str(container.path)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) and no table")
-    return Several([Parquet(Where(container, name, label=f"{name} "), columns) for name in parquet])
+        raise InputError(
+            f"{str(container.path)!r} holds no image ({', '.join(sorted(READ_SUFFIXES))}) and no table"
+            + (f"; it holds {counted_by_kind(others)}" if others else "")
+        )
+    return Several([Parquet(Where(container, name, label=f"{name} "), columns) for name in parquet], others)
 
 
 def _splits(path: Path, columns: Columns) -> Source:
@@ -106,7 +112,7 @@ def _saved(path: Path, columns: Columns, split: str | None = None) -> list[Sourc
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not JSON: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -7,12 +7,13 @@ import io
 import json
 import posixpath
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from imagen_lightning.data.ingest.containers import Container
-from imagen_lightning.data.ingest.record import MAX_IMAGE_BYTES, Entry, Fault, Record, Source, group_text
+from imagen_lightning.data.ingest.record import Entry, Fault, Record, Source, group_text
 from imagen_lightning.data.skips import Reason
 from imagen_lightning.errors import InputError
 
@@ -70,6 +71,9 @@ class Table(Source):
     def __init__(self, where: Where, columns: Columns) -> None:
         self.where = where
         self.names = self.column_names()
+        twice = [name for name, count in Counter(self.names).items() if count > 1 and name]
+        if twice:
+            raise InputError(f"{where} has several columns {twice[0]!r}; give each a name of its own")
         self.image = _image_column(columns, self.names, self.guess_image(), where)
         wanted = columns.captions or (_first(CAPTION_COLUMNS, self.names),)
         for name in wanted:
@@ -117,7 +121,7 @@ class Table(Source):
             record.fault = Reason.NO_IMAGE.value
         else:
             try:
-                record.image = self.where.container.read(name, MAX_IMAGE_BYTES)
+                record.image = self.where.container.read_image(name)
             except Fault as fault:
                 record.fault = fault.reason
         return record
@@ -164,7 +168,10 @@ class TextTable(Table):
 
 
 class Delimited(TextTable):
-    """CSV, or TSV by its suffix; the first line names the columns. Bytes that are not UTF-8 are kept as such."""
+    """CSV, or TSV by its suffix; the first line names the columns. Bytes that are not UTF-8 are kept as such.
+
+    A quotation mark in a TSV is a character like others: published ones quote nothing.
+    """
 
     def column_names(self) -> list[str]:
         header = next((row for _, row in self._rows() if row), None)
@@ -184,7 +191,10 @@ class Delimited(TextTable):
             cells = next(self._reader(text), [])
         finally:
             text.detach()
-        return self.record(number, self._row_of(cells))
+        record = self.record(number, self._row_of(cells))
+        if any(cells[len(self.names) :]):
+            record.fault = Reason.BAD_ROW.value
+        return record
 
     def _row_of(self, cells: list[str]) -> dict[str, str]:
         return dict(zip(self.names, cells))
@@ -198,17 +208,23 @@ class Delimited(TextTable):
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         with self.where.container.open(self.where.name) as file:
             lines = _Lines(_text(file))
-            offset = 0
+            offset = number = 0  # of the row; 0 is the one of the names
             try:
                 for cells in self._reader(lines):
                     yield offset, cells
                     offset = lines.num_bytes
+                    number += bool(cells)
             except csv.Error as error:
-                raise InputError(f"{self.where} is no table, at byte {offset}: {error}") from None
+                raise InputError(
+                    f"{self.where} cannot be read from row {number} (byte {offset}) on: {error}; close the quotation "
+                    "mark that opens a cell there, and double those within it"
+                ) from None
 
     def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         csv.field_size_limit(_LIMIT_CSV_FIELD)
-        return csv.reader(lines, delimiter="\t" if self.where.name.lower().endswith(".tsv") else ",")
+        if self.where.name.lower().endswith(".tsv"):
+            return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return csv.reader(lines, strict=True)
 
 
 class _Lines:
