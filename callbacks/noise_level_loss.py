@@ -38,16 +38,19 @@ class LevelMeans:
         new[1].index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
         self.totals = new if self.totals is None else self.totals.to(new.device) + new
 
+    @property
+    def names(self) -> list[str]:
+        """The bins' names: "0.00-0.10", …"""
+        width = 1 / self.num_bins
+        return [f"{i * width:.2f}-{(i + 1) * width:.2f}" for i in range(self.num_bins)]
+
     def pop(self, trainer: pl.Trainer, device: torch.device) -> dict[str, float]:
         """The means over all processes by bin ("0.00-0.10"), without empty bins; begins anew. All processes call it."""
         totals, self.totals = self.totals, None
         if totals is None:
             totals = torch.zeros(2, self.num_bins, device=device)
         sums, counts = trainer.strategy.reduce(totals, reduce_op="sum").tolist()  # type: ignore[union-attr]
-        width = 1 / self.num_bins
-        return {
-            f"{i * width:.2f}-{(i + 1) * width:.2f}": sums[i] / counts[i] for i in range(self.num_bins) if counts[i]
-        }
+        return {name: sums[i] / counts[i] for i, name in enumerate(self.names) if counts[i]}
 
 
 class NoiseLevelLoss(pl.Callback):
@@ -74,6 +77,16 @@ class NoiseLevelLoss(pl.Callback):
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end=False)
         self._means = {
             (part, level): LevelMeans(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")
+        }
+
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of the stage of that name."""
+        levels = ["loss_t"] if stage == "base" else ["loss_t", "loss_aug"]
+        return {
+            f"{part}/{level}/{bin_name}"
+            for (part, level), means in self._means.items()
+            if level in levels
+            for bin_name in means.names
         }
 
     def state_dict(self) -> dict[str, Any]:
