@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
     for name, most in (("trials", MAX_TRIALS), ("workers", 1000)):
         if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= most:
             raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{most}")
+    if arguments.study == "":
+        raise InputError("--study is empty; give a database URL or a file")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed {arguments.seed} must be in 0..{2**32 - 1}")
 

@@ -47,7 +47,7 @@ def check(sweep: SweepFile) -> bool:
             if name == "evaluate":
                 _check_evaluation(words, sweep.metric.name)
             elif name != "fit":
-                raise InputError(f"a sweep runs imagen-lightning fit or evaluate, not {name!r}")
+                raise InputError(f"a sweep runs imagen-lightning fit or evaluate, not {name[:80]!r}")
         return _check_fits([words for name, words in found if name == "fit"], sweep.metric.name)
     except InputError as error:
         raise InputError(f"{sweep.path}: {error}") from None
@@ -159,7 +159,7 @@ def logged_names(config: Mapping[str, Any]) -> set[str] | None:
             cause = cause.__cause__
         raise cause or error from None
     names = {"train/loss", "val/loss", "epoch"}
-    for callback in [*made.callbacks, *(cls(**config[section]) for section, cls in sections.items())]:
+    for callback in [*made.callbacks, *(cls(**config.get(section, {})) for section, cls in sections.items())]:
         if hasattr(callback, "metric_names"):
             names |= callback.metric_names(stage)
         elif not type(callback).__module__.startswith("imagen_lightning."):

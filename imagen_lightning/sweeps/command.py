@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.sweeps.file import SweepFile
 
 RUN_VARIABLE = "IMAGEN_LIGHTNING_RUN"  # the trial's folder, for programs that are not this package's
@@ -54,22 +55,22 @@ def expand(sweep: SweepFile, arguments: Mapping[str, Any]) -> list[str]:
     Raises:
         InputError: a macro that W&B does not know or `fit` does not understand; null for another program than `fit`.
     """
-    texts = {name: _text(sweep, name, value) for name, value in arguments.items()}
+    given = [_written(sweep, name, value) for name, value in arguments.items()]
     macros = {
         "env": ["/usr/bin/env"],
         "interpreter": ["python"],
         "program": [str(sweep.program)],
-        "args": [f"--{name}={text}" for name, text in texts.items()],
-        "args_no_equals": [word for name, text in texts.items() for word in (f"--{name}", text)],
-        "args_no_hyphens": [f"{name}={text}" for name, text in texts.items()],
+        "args": [f"--{name}={text}" for name, text in given],
+        "args_no_equals": [word for name, text in given for word in (f"--{name}", text)],
+        "args_no_hyphens": [f"{name}={text}" for name, text in given],
         "args_no_boolean_flags": [
-            f"--{name}" if arguments[name] is True else f"--{name}={text}"
-            for name, text in texts.items()
-            if arguments[name] is not False
+            f"--{name}" if arguments.get(name) is True else f"--{name}={text}"
+            for name, text in given
+            if arguments.get(name) is not False
         ],
         "args_json": [json.dumps(dict(arguments))],
-        "args_append_hydra": [f"+{name}={text}" for name, text in texts.items()],
-        "args_override_hydra": [f"++{name}={text}" for name, text in texts.items()],
+        "args_append_hydra": [f"+{name}={text}" for name, text in given],
+        "args_override_hydra": [f"++{name}={text}" for name, text in given],
     }
     if is_fit(sweep) and "${args_no_boolean_flags}" in sweep.command:
         raise InputError(f"{sweep.path}: fit takes --NAME=true, not flags; use ${{args}} in the command")
@@ -85,16 +86,27 @@ def expand(sweep: SweepFile, arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _text(sweep: SweepFile, name: str, value: Any) -> str:
-    """Return a value as its program reads it."""
+def _written(sweep: SweepFile, name: str, value: Any) -> tuple[str, str]:
+    """Return an argument's name and its value as the program reads it."""
     if is_fit(sweep):
-        return value if isinstance(value, str) else _flow(value)
+        parent, _, key = name.rpartition(".")
+        if isinstance(value, str) and parent and _is_more_than_text(value):
+            return parent, _flow({key: value})  # where `fit` does not read the text as YAML once more
+        return name, value if isinstance(value, str) else _flow(value)
     if value is None:
         raise InputError(
             f"{sweep.path}: parameters.{name}: this program would be given null as the text None; leave the parameter "
             "out for its default"
         )
-    return str(value)
+    return name, str(value)
+
+
+def _is_more_than_text(value: str) -> bool:
+    """Return whether YAML reads a text as null, a list or a mapping."""
+    try:
+        return value.strip() != "" and not isinstance(read_yaml(value, "value"), str | int | float)
+    except InputError:
+        return False
 
 
 def _flow(value: Any) -> str:
@@ -132,7 +144,7 @@ def in_folder(words: Sequence[str], folder: Path, samples: Path) -> list[str]:
     if name == "evaluate":
         shared = () if any(word.split("=")[0] == "--samples" for word in rest) else ("--samples", str(samples))
         return [*words, "--out", str(folder), *shared]
-    raise InputError(f"a sweep runs imagen-lightning fit or evaluate, not {name!r}")
+    raise InputError(f"a sweep runs imagen-lightning fit or evaluate, not {name[:80]!r}")
 
 
 def environment(folder: Path, name: str, threads: int | None, device: str | None) -> dict[str, str]:

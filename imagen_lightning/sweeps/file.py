@@ -40,6 +40,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,499}")  # what W&B takes, and dat
 _SWEEP_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 _UNSPOKEN = re.compile("[\x00\ud800-\udfff]")  # no command line holds these
 _MAX_INT = 2**53  # beyond, numbers in studies are rounded
+_MAX_VALUE = 10**300  # what a float can nearly be
 _MAX_STEPS = 10**9
 _MAX_BANDS = 1000
 
@@ -297,8 +298,11 @@ def _categorical(where: str, entry: Mapping[str, Any]) -> Distribution:
 def _json_value(where: str, value: Any) -> Any:
     """Return a value that can be written as JSON, and so on a command line and in a study; refuse any other."""
     match value:
-        case None | bool() | int():
+        case None | bool():
             pass
+        case int():
+            if abs(value) > _MAX_VALUE:
+                raise InputError(f"{where}: a whole number of {len(str(abs(value)))} digits is too large")
         case float():
             if not math.isfinite(value):
                 raise InputError(f"{where}: {value!r} is not a number; give a finite one")

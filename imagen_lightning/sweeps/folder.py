@@ -8,11 +8,11 @@ each machine has an OUT of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class SweepFolder:
         return self.path / "samples"
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path, sweep: SweepFile, study: str | None) -> Iterator[SweepFolder]:
     """Make or resume a sweep's folder, which one process has at a time.
 
@@ -78,15 +78,18 @@ def opened(path: Path, sweep: SweepFile, study: str | None) -> Iterator[SweepFol
         others = [item for item in path.iterdir() if not item.name.startswith(LOCK)] if path.exists() else []
         if others and not (path / INFO).exists():
             raise InputError(f"--out {str(path)!r} is not empty and holds no sweep; give another folder")
-        is_new = not path.exists()
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         advice = "wait for its end, or give this sweep another --out and the same --study"
         with locked(path / LOCK, f"sweep folder {path}", advice=advice):
             folder = _folder(path, sweep, study)
             try:
                 yield folder
             except BaseException:
-                if is_new and not folder.has_trials:
+                if new and not folder.has_trials:
                     shutil.rmtree(path)
+                    with contextlib.suppress(OSError):  # something else lies there by now
+                        for parent in new[1:]:
+                            parent.rmdir()
                 raise
     except OSError as error:
         found = Path(str(error.filename))

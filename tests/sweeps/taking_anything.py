@@ -10,7 +10,7 @@ class TakingAnything(LightningDataModule):
         self,
         value: Any = 0,
         mapping: dict[str, Any] | None = None,
-        items: list[Any] | None = None,
+        entries: list[Any] | None = None,
         text: str = "",
         maybe: str | None = "",
     ) -> None:
