@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import logging
 import math
@@ -30,13 +29,13 @@ from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import rng_states, set_rng_states
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.throughput import uncounted
+from imagen_lightning.io.atomic import is_temporary, whole_file
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
-PARTIAL = ".partial"
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -46,7 +45,7 @@ class NonFiniteWeightsError(RuntimeError):
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then renames it, on the disk before it counts as written.
+    """Writes a checkpoint next to its place and then renames it, on the disk before it counts as written.
 
     Lightning's own writer holds a second copy in memory and moves it over from the system's temporary folder, which is
     not atomic between file systems.
@@ -57,23 +56,17 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        partial = path.with_name(path.name + PARTIAL)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with whole_file(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
             if cause is None:
                 raise
             raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
-        finally:
-            with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
-                partial.unlink(missing_ok=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -160,8 +153,7 @@ class Checkpoint(callbacks.Checkpoint):
             if isinstance(logger, RunCSVLogger):
                 logger.rewind(trainer.global_step)
         if trainer.is_global_zero:
-            for partial in (run_dir(trainer) / FOLDER).glob(f"*{PARTIAL}"):  # of a run that was killed
-                partial.unlink()
+            _remove_temporaries(run_dir(trainer))
         self._install_handlers()
         self._take_over(trainer)
         if self._max_steps is not None:
@@ -352,6 +344,13 @@ def is_finished(run_dir: str | Path, path: Path) -> bool:
     return last.is_file() and (path.samefile(last) or filecmp.cmp(path, last, shallow=False))
 
 
+def _remove_temporaries(run: Path) -> None:
+    """Remove what a killed process left: in all of the folder where it is a run's own, else of checkpoints alone."""
+    for path in run.rglob(".*") if (run / "config.yaml").exists() else (run / FOLDER).glob(".*"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+
+
 def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
@@ -368,13 +367,8 @@ def _is_whole(path: Path) -> bool:
 
 def _link(path: Path, link: Path) -> None:
     """Makes `link` another name of the file, or a copy where the file system has no hard links."""
-    partial = link.with_name(link.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    try:
+    with whole_file(link) as temporary:
         try:
-            os.link(path, partial)
+            os.link(path, temporary)
         except OSError:
-            shutil.copyfile(path, partial)
-        os.replace(partial, link)
-    finally:
-        partial.unlink(missing_ok=True)
+            shutil.copyfile(path, temporary)

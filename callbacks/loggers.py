@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info
 from imagen_lightning.catalog import is_of_weights
 from imagen_lightning.files import write_text
+from imagen_lightning.io.atomic import is_temporary
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,9 @@ class RunCSVLogger(Logger):
     @rank_zero_only
     def _remove_partial(self) -> None:
         """Takes away what a process that was killed while it wrote left."""
-        self._path.with_name(self._path.name + ".partial").unlink(missing_ok=True)
+        for path in self._path.parent.glob(f".{METRICS}.*"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
 
     def finalize(self, status: str) -> None:
         try:

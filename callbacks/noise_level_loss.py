@@ -52,6 +52,22 @@ class NoiseLevelLoss(Observer):
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end=False)
         self._means = {(part, level): Means(num_bins) for part in ("train", "val") for level in ("loss_t", "loss_aug")}
 
+    @property
+    def _bin_names(self) -> list[str]:
+        """The bins' names: "0.00-0.10", …"""
+        width = 1 / self.num_bins
+        return [f"{place * width:.2f}-{(place + 1) * width:.2f}" for place in range(self.num_bins)]
+
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of the stage of that name."""
+        levels = ["loss_t"] if stage == "base" else ["loss_t", "loss_aug"]
+        return {
+            f"{part}/{level}/{bin_name}"
+            for part, level in self._means
+            if level in levels
+            for bin_name in self._bin_names
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Every process's sums since the training losses were last logged, (processes, 2, num_bins) by level."""
         own = {level: means.totals for (part, level), means in self._means.items() if part == "train"}
@@ -105,12 +121,11 @@ class NoiseLevelLoss(Observer):
                     self._means[part, level].add(record.losses, bins)
 
     def _log(self, part: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        width = 1 / self.num_bins
         metrics = {
-            f"{part}/{level}/{place * width:.2f}-{(place + 1) * width:.2f}": total / count
+            f"{part}/{level}/{bin_name}": total / count
             for level in ("loss_t", "loss_aug")
-            for place, (total, count) in enumerate(
-                self._means[part, level].take(trainer.strategy, pl_module.device).T.tolist()
+            for bin_name, (total, count) in zip(
+                self._bin_names, self._means[part, level].take(trainer.strategy, pl_module.device).T.tolist()
             )
             if count
         }

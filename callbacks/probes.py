@@ -23,7 +23,7 @@ from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import column, log_values, rewind_values, stage_name
+from imagen_lightning.callbacks.values import column, column_of, log_values, rewind_values, stage_name
 from imagen_lightning.files import write_json
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.probes import (
@@ -168,6 +168,11 @@ class Probes(Observer):
         self._given: Pictures | None = None  # in the first process
         self._reference = ""
         self._said: list[str] = []
+
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of the stage of that name."""
+        more = () if stage == "base" else ("colour shift",)
+        return {column_of(stage, metric) for metric in ("denoising ratio", "text gain", "text z", *more)}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_stage(trainer, pl_module, "Probes")

@@ -29,7 +29,7 @@ from imagen_lightning.callbacks.loggers import log_table
 from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
-from imagen_lightning.callbacks.values import column, log_values, rewind_values
+from imagen_lightning.callbacks.values import column, column_of, log_values, rewind_values
 from imagen_lightning.components import describe
 from imagen_lightning.files import write_json
 from imagen_lightning.images import grid, save_png, to_pil
@@ -106,6 +106,10 @@ class SampleGrid(Observer):
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Pictures | None = None  # in the first process
+
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of the stage of that name."""
+        return set() if stage == "base" else {column_of(stage, "samples colour shift")}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         require_stage(trainer, pl_module, "SampleGrid")

@@ -29,7 +29,7 @@ from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.throughput import uncounted
-from imagen_lightning.callbacks.values import column, log_values, rewind_values
+from imagen_lightning.callbacks.values import column_of, log_values, rewind_values, stage_name
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.distributed import gather_by_position
 from imagen_lightning.metrics.protocol import Protocol, Value
@@ -196,10 +196,14 @@ class SampledMetric(Observer):
             with self.tolerating(trainer):
                 self._evaluate(trainer, pl_module)
 
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of the stage of that name."""
+        parts = [column_of(stage, self.metric), "train" if self.split == "train" else "", self.label]
+        return {"_".join(part for part in parts if part)}
+
     def _column(self, stage: DiffusionMixin) -> str:
         """The name in the loggers."""
-        parts = [column(stage, self.metric), "train" if self.split == "train" else "", self.label]
-        return "_".join(part for part in parts if part)
+        return self.metric_names(stage_name(stage)).pop()
 
     def _refuse_double(self, trainer: pl.Trainer, stage: DiffusionMixin) -> None:
         name = self._column(stage)

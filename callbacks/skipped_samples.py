@@ -40,6 +40,10 @@ class SkippedSamples(Observer):
         self._logged: dict[str, float] = {}
         self._seen_step = 0
 
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of any stage."""
+        return {f"data/{name}/{reason.name.lower()}" for name in ("skipped", "skipped_val") for reason in _REASONS}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._found = {name: Counter(skips.counts) for name, skips in _skip_logs(trainer).items()}
         self._logged = {}

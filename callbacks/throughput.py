@@ -47,6 +47,11 @@ class Throughput(Observer):
         self._validation_start = 0.0
         self._num_images = self._num_steps = self._seen_step = 0
 
+    def metric_names(self, stage: str) -> set[str]:
+        """Return what may be logged of any stage."""
+        names = ("images_per_second", "seconds_per_step", "flops_per_second", "matmul_share")
+        return {f"throughput/{name}" for name in names}
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measure_matmul and self.matmul_rate is None:
             with self.tolerating(trainer):

@@ -27,12 +27,22 @@ VALUES = "values.jsonl"
 
 def stage_name(stage: DiffusionMixin) -> str:
     """ "base", or "sr_256" for super-resolution to 256 px, as in a cascade."""
-    return "base" if getattr(stage, "low_res_size", None) is None else f"sr_{stage.image_size}"
+    return stage_name_of(getattr(stage, "low_res_size", None), stage.image_size)
+
+
+def stage_name_of(low_res_size: int | None, image_size: int) -> str:
+    """Return the name of a stage of these sizes; a base stage has no low-resolution input."""
+    return "base" if low_res_size is None else f"sr_{image_size}"
 
 
 def column(stage: DiffusionMixin, metric: str) -> str:
     """The loggers' name of a metric: "base/clip_score"."""
-    return f"{stage_name(stage)}/{slug(metric)}"
+    return column_of(stage_name(stage), metric)
+
+
+def column_of(stage: str, metric: str) -> str:
+    """Return the loggers' name of a metric of the stage of that name."""
+    return f"{stage}/{slug(metric)}"
 
 
 def log_values(trainer: pl.Trainer, named: Mapping[str, Value]) -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from imagen_lightning.io.atomic import whole_file
+
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (…, H, W) in [0, 255] to float32 in [-1, 1]."""
@@ -106,8 +108,6 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    """Write a PNG whole or not at all."""
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")

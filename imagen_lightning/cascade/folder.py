@@ -24,6 +24,7 @@ from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RA
 from imagen_lightning.cascade.origin import check_origin
 from imagen_lightning.cascade.weights import load_stage_weights, write_stage_weights
 from imagen_lightning.components import class_path
+from imagen_lightning.io.atomic import write_text
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
@@ -82,7 +83,7 @@ def read_stage(
 
 
 def rewrite_manifest(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:
-    """Writes the manifest of a cascade's folder anew for the same stages; the weights stay as they are."""
+    """Write the manifest of a cascade's folder anew for the same stages; the weights stay as they are."""
     path, manifest = read_manifest(folder)
     names = [stage_name(stage) for stage in stages]
     if [entry["name"] for entry in manifest["stages"]] != names:
@@ -90,14 +91,10 @@ def rewrite_manifest(folder: str | Path, stages: Sequence[DiffusionMixin], metri
     for entry, stage in zip(manifest["stages"], stages):
         entry.update(stage_entry(stage))
     manifest["metrics"] = metrics
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(_json(manifest), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, _json(manifest))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def stage_entry(stage: DiffusionMixin) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from imagen_lightning.io.atomic import temporary_path
 from imagen_lightning.types import InputError
 
 
@@ -22,7 +22,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     refuse_address(folder, "output folder")
     target = Path(folder).expanduser().resolve()
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = temporary_path(target)
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(f"output folder {str(folder)!r} is there already and not empty; give another")

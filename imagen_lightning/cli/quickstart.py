@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_lightning.cli.arguments import Parser
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     if plan is None:
         plan = _make_plan(arguments.minutes * 60, arguments.seed)
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / PLAN, plan)
+        write_json(out / PLAN, plan)
     for stage in STAGES:
         steps = plan["steps"][stage]
         if (out / stage / "checkpoints" / f"step-{steps}.ckpt").exists():
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
             continue
         if stage == STAGES[-1] and not (out / stage).exists():
             steps = _fitting(plan, stage, arguments.minutes * 60 - (time.monotonic() - start) - CLOSING_SECONDS)
-            _write_json(out / PLAN, plan)
+            write_json(out / PLAN, plan)
         _say(start, f"training {stage}: {steps} steps")
         _run(
             "fit",
@@ -235,7 +236,7 @@ def _score(out: Path, captions: list[str]) -> None:
     for row, rates in rows.items():
         print(f"{row:14}" + "".join(f"{100 * rates[name]:12.1f}" for name in names))
     print()
-    _write_json(out / "caption_accuracy.json", {"num_captions": len(captions), "rates": rows})
+    write_json(out / "caption_accuracy.json", {"num_captions": len(captions), "rates": rows})
     if not (out / "samples" / "evaluation.json").exists():
         _save_evaluation(out / "samples", captions, accuracy, unseen)
     half = len(captions) // 2
@@ -301,9 +302,3 @@ def _environment() -> dict[str, str]:
 def _say(start: float, text: str) -> None:
     minutes, seconds = divmod(int(time.monotonic() - start), 60)
     print(f"\n[{minutes:d}:{seconds:02d}] {text}", flush=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

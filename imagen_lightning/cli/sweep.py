@@ -8,18 +8,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagen_lightning.cli.arguments import Parser
 from imagen_lightning.errors import InputError, counted
 
+if TYPE_CHECKING:
+    import optuna
+
+    from imagen_lightning.sweeps.folder import SweepFolder
+
 SHOWN = 10  # trials that --dry-run shows of a search without end
+MAX_SHOWN = 1000
+FEW = 5  # logs that are named
+MAX_TRIALS = 100_000
 
 
 def parser() -> Parser:
     made = Parser(
         "sweep",
         description="Runs the trials of a W&B sweep file, each as a process of its own, and keeps them in an Optuna "
-        "study. Stopped and started again, it goes on where it was.",
+        "study. Stopped and started again, it resumes where it was. Exit code: 0 where a trial finished or was pruned, "
+        "1 where all trials failed, 2 for bad input.",
     )
     made.add_argument("file", metavar="FILE", help="a W&B sweep file; one that ships, e.g. sweeps/stage_base.yaml")
     made.add_argument(
@@ -48,11 +58,13 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    for name in ("trials", "workers"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)} must be at least 1")
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed} must not be below 0")
+    for name, most in (("trials", MAX_TRIALS), ("workers", 1000)):
+        if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= most:
+            raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{most}")
+    if arguments.study == "":
+        raise InputError("--study is empty; give a database URL or a file")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed {arguments.seed} must be in 0..{2**32 - 1}")
 
     from imagen_lightning.cli.configs import find_config
     from imagen_lightning.cli.sweep_check import check
@@ -62,28 +74,36 @@ def main(argv: list[str]) -> int:
     from imagen_lightning.sweeps.runner import Runner, preview, trial_command
 
     sweep = read_sweep(find_config(arguments.file))
+    if arguments.out is None and (Path(sweep.name).parts != (sweep.name,) or sweep.name == ".."):
+        raise InputError(f"{sweep.path}: name {sweep.name!r} is not a folder's; give --out")
     out = arguments.out or Path("runs") / sweep.name
     most = arguments.trials or sweep.run_cap
     if sweep.method == "grid":
         most = min(search.grid_size(sweep), most or search.grid_size(sweep))
     if arguments.dry_run:
         folder = SweepFolder(out, "", "")
-        if most is None:
+        if most is None or most > MAX_SHOWN:
+            what = f"{sweep.method} has no end of its own" if most is None else f"of {most:,} trials"
             most = SHOWN
-            print(f"{sweep.method} has no end of its own: the first {most} trials", file=sys.stderr)
+            print(f"{what}: the first {most} trials", file=sys.stderr)
         check(sweep)
         for number, params in enumerate(preview(sweep, arguments.sampler, arguments.seed, most)):
             print(shlex.join(trial_command(sweep, params, folder, number)))
         return 0
     if most is None:
         raise InputError(f"{sweep.method} has no end of its own; give --trials N, or run_cap in the file")
+    if most > MAX_TRIALS:
+        raise InputError(f"{sweep.path} asks for {most:,} trials; give --trials N, at most {MAX_TRIALS:,}")
+    is_known = check(sweep)  # before anything is made
     with opened(out, sweep, arguments.study) as folder:
-        study = search.open_study(sweep, folder.study, arguments.sampler, arguments.seed)
-        check(sweep)
-        runner = Runner(sweep, study, folder, slots(arguments.workers), most, say=_say)
+        may_replace = folder.is_alone and not folder.has_trials
+        study = search.open_study(sweep, folder.study, arguments.sampler, arguments.seed, may_replace=may_replace)
+        runner = Runner(sweep, study, folder, slots(arguments.workers), most, say=_say, metric_is_known=is_known)
         counts = runner.run()
-        _tell(sweep.metric.name, study, folder.path)
-    return 0 if counts.signal is None else 128 + counts.signal
+        is_well = _tell(sweep.metric.name, study, folder)
+    if counts.signal is not None:
+        return 128 + counts.signal
+    return 0 if is_well else 1
 
 
 def slots(workers: int | None) -> list:
@@ -112,13 +132,15 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _tell(metric: str, study: object, out: Path) -> None:
-    """How many trials there are, the best, and what to do next."""
+def _tell(metric: str, study: optuna.Study, folder: SweepFolder) -> bool:
+    """Print how many trials there are, the best, the failed ones' logs and what to do next.
+
+    Returns whether a trial finished or was pruned, or none failed.
+    """
     import optuna
 
     from imagen_lightning.sweeps.search import SURPLUS
 
-    assert isinstance(study, optuna.Study)
     trials = [trial for trial in study.get_trials(deepcopy=False) if not trial.user_attrs.get(SURPLUS)]
     kinds = {state: [trial for trial in trials if trial.state == state] for state in optuna.trial.TrialState}
     complete = kinds[optuna.trial.TrialState.COMPLETE]
@@ -136,4 +158,9 @@ def _tell(metric: str, study: object, out: Path) -> None:
     if complete:
         best = study.best_trial
         print(f"best {metric} {best.value:.6g}: trial {best.number}, {best.user_attrs.get('folder', '')}")
-    print(f"imagen-lightning report {shlex.quote(str(out))} makes its page")
+    if failed := kinds[optuna.trial.TrialState.FAIL]:
+        logs = ", ".join(str(folder.log(trial.number)) for trial in failed[:FEW] if folder.log(trial.number).exists())
+        more = ", ..." if len(failed) > FEW else ""
+        print(f"{counted(len(failed), 'trial')} failed" + (f"; logs: {logs}{more}" if logs else ""))
+    print(f"imagen-lightning report {shlex.quote(str(folder.path))} makes its page")
+    return not failed or bool(complete or kinds[optuna.trial.TrialState.PRUNED])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import whole_file
 from imagen_lightning.metrics.digests import digest_tensors
 from imagen_lightning.metrics.distributed import FeatureStore, all_sum, num_processes
 from imagen_lightning.metrics.features.base import FeatureExtractor
@@ -132,14 +131,8 @@ def write_reference(path: Path, reference: Reference) -> None:
     tensors = _tensors(reference)
     facts = json.dumps({**asdict(reference.key), "name": reference.name, "count": reference.moments.count})
     metadata = {"format": _FORMAT, "facts": facts, "sha256": _digest(facts, tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def read_reference(path: Path, key: ReferenceKey) -> Reference | None:

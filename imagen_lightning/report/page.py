@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +20,7 @@ from PIL import Image
 
 from imagen_lightning import __version__
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.atomic import write_bytes
 from imagen_lightning.report.markup import Html, element, embedded_json, join, number
 from imagen_lightning.report.script import SCRIPT
 from imagen_lightning.report.style import STYLE
@@ -312,11 +312,8 @@ class Page:
         path = Path(path)
         refuse_other(path)
         content = self.render().encode()
-        partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            write_bytes(path, content)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
         return len(content)

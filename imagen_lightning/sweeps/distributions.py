@@ -1,7 +1,7 @@
 """What a sweep file says of a parameter: W&B's distributions, by their quantiles.
 
 Each distribution gives the value at a quantile u in (0, 1), so that random search draws by the file's own law, and
-the list of its values where it has finitely many, so that a grid is exact.
+where it has finitely many values the n-th of them, so that a grid is exact and never listed as a whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 
 class Distribution(Protocol):
@@ -20,8 +20,13 @@ class Distribution(Protocol):
         """The value at a quantile in (0, 1)."""
         ...
 
-    def values(self) -> Sequence[Any] | None:
-        """All values in order; None where there are infinitely many."""
+    @property
+    def size(self) -> int | None:
+        """The number of values; None where there are infinitely many."""
+        ...
+
+    def nth(self, place: int) -> Any:
+        """The value at a place in 0..size-1, in order."""
         ...
 
     def examples(self) -> Sequence[Any]:
@@ -35,13 +40,16 @@ class Constant:
 
     value: Any
 
+    size: ClassVar[int] = 1
+
     def at(self, quantile: float) -> Any:
         return self.value
 
-    def values(self) -> Sequence[Any]:
-        return [self.value]
+    def nth(self, place: int) -> Any:
+        return self.value
 
-    examples = values
+    def examples(self) -> Sequence[Any]:
+        return [self.value]
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,15 @@ class Categorical:
     def at(self, quantile: float) -> Any:
         return self.choices[min(int(quantile * len(self.choices)), len(self.choices) - 1)]
 
-    def values(self) -> Sequence[Any]:
-        return self.choices
+    @property
+    def size(self) -> int:
+        return len(self.choices)
 
-    examples = values
+    def nth(self, place: int) -> Any:
+        return self.choices[place]
+
+    def examples(self) -> Sequence[Any]:
+        return self.choices
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,14 @@ class IntUniform:
     max: int
 
     def at(self, quantile: float) -> int:
-        return min(self.min + int(quantile * (self.max - self.min + 1)), self.max)
+        return min(self.min + int(quantile * self.size), self.max)
 
-    def values(self) -> Sequence[int]:
-        return range(self.min, self.max + 1)
+    @property
+    def size(self) -> int:
+        return self.max - self.min + 1
+
+    def nth(self, place: int) -> int:
+        return self.min + place
 
     def examples(self) -> Sequence[int]:
         return [self.min, self.max]
@@ -82,12 +99,10 @@ class Uniform:
 
     min: float
     max: float
+    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         return self.min + quantile * (self.max - self.min)
-
-    def values(self) -> None:
-        return None
 
     def examples(self) -> Sequence[float]:
         return [self.min, self.max]
@@ -117,8 +132,12 @@ class QUniform:
     def at(self, quantile: float) -> float:
         return self.multiple(round((self.min + quantile * (self.max - self.min)) / self.q))
 
-    def values(self) -> Sequence[float]:
-        return [self.multiple(count) for count in range(self.first, self.last + 1)]
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
+
+    def nth(self, place: int) -> float:
+        return self.multiple(self.first + place)
 
     def examples(self) -> Sequence[float]:
         return [self.multiple(self.first), self.multiple(self.last)]
@@ -130,12 +149,10 @@ class Normal:
 
     mu: float
     sigma: float
+    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         return NormalDist(self.mu, self.sigma).inv_cdf(quantile)
-
-    def values(self) -> None:
-        return None
 
     def examples(self) -> Sequence[float]:
         return [self.at(0.001), self.at(0.999)]
@@ -147,13 +164,11 @@ class LogUniform:
 
     min: float
     max: float
+    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         low, high = math.log(self.min), math.log(self.max)
         return min(max(math.exp(low + quantile * (high - low)), self.min), self.max)
-
-    def values(self) -> None:
-        return None
 
     def examples(self) -> Sequence[float]:
         return [self.min, self.max]

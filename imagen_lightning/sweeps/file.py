@@ -8,17 +8,18 @@ where both are.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from imagen_lightning.catalog import higher_is_better
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.yaml import MAX_BYTES, read_yaml
 from imagen_lightning.sweeps.distributions import (
     Categorical,
     Constant,
@@ -36,7 +37,13 @@ _KEYS = {
     *("program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
     *("name", "description", "project", "entity"),
 }
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # what W&B takes
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,499}")  # what W&B takes, and databases hold
+_SWEEP_NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
+_UNSPOKEN = re.compile("[\x00\ud800-\udfff]")  # no command line holds these
+_MAX_INT = 2**53  # beyond, numbers in studies are rounded
+_MAX_VALUE = 10**300  # what a float can nearly be
+_MAX_STEPS = 10**9
+_MAX_BANDS = 1000
 
 
 @dataclass(frozen=True)
@@ -106,53 +113,64 @@ class SweepFile:
 
     @property
     def name(self) -> str:
-        return str(self.content.get("name") or self.path.stem)
+        found = self.content.get("name")
+        return self.path.stem if found is None else str(found)
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """Reads a sweep file.
+    """Read a sweep file.
 
     Raises:
         InputError: it cannot be read, or holds what W&B or this search does not know; the message names it.
     """
+    what = f"sweep file {str(path)!r}"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"sweep file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"sweep file {str(path)!r} is not valid YAML: {error}") from None
+        raise InputError(f"{what} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} is not valid YAML: it is not UTF-8") from None
+    content = read_yaml(text, what)
     try:
         return _sweep(path, content)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        text = str(error)
+        raise InputError(f"{path}: {text if len(text) < 500 else f'{text[:250]} ... {text[-200:]}'}") from None
 
 
 def _sweep(path: Path, content: Any) -> SweepFile:
     if not isinstance(content, dict):
         raise InputError("a sweep file holds keys such as method, metric and parameters")
     _known("", content, _KEYS)
+    name = content.get("name", path.stem)
+    if name is not None and (isinstance(name, bool | list | dict) or not _SWEEP_NAME.fullmatch(str(name))):
+        raise InputError(f"name is {name!r}; give a text of at most 200 characters")
     method = content.get("method")
     if method not in METHODS:
         raise InputError(f"method is {method!r}; use grid, random or bayes")
     program = content.get("program")
-    if program is not None and not isinstance(program, str):
+    if program is not None and (not isinstance(program, str) or not program or _UNSPOKEN.search(program)):
         raise InputError(f"program is {program!r}; give the name of a program")
     command = content.get("command", list(DEFAULT_COMMAND))
     if not isinstance(command, list) or not command:
         raise InputError("command must be a list of words such as ${program} and ${args}")
+    for word in command:
+        if isinstance(word, bool) or not isinstance(word, str | int | float) or _UNSPOKEN.search(str(word)):
+            raise InputError(f"command holds {word!r}; give texts and numbers, in quotes where YAML reads others")
     if program is None and "${program}" in command:
         raise InputError("program is missing, and the command asks for it")
     run_cap = content.get("run_cap")
     if run_cap is not None and (not _is_int(run_cap) or run_cap < 1):
         raise InputError(f"run_cap is {run_cap!r}; give a whole number of trials")
     parameters = tuple(_parameters(content.get("parameters"), ()))
-    names = [parameter.name for parameter in parameters]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = Counter(parameter.name for parameter in parameters)
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
         raise InputError(f"parameter {twice[0]} is given twice, flat and nested; keep one")
     if method == "grid":
         for parameter in parameters:
-            if parameter.distribution.values() is None:
+            if parameter.distribution.size is None:
                 raise InputError(
                     f"parameters.{parameter.name}: a grid needs values that can be listed; give `values`, or take "
                     "method random or bayes"
@@ -165,13 +183,13 @@ def _sweep(path: Path, content: Any) -> SweepFile:
         method,
         _metric(content.get("metric")),
         parameters,
-        _hyperband(content["early_terminate"]) if "early_terminate" in content else None,
+        None if content.get("early_terminate") is None else _hyperband(content["early_terminate"]),
         run_cap,
     )
 
 
 def _metric(content: Any) -> Metric:
-    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str) or not content["name"]:
         raise InputError("metric needs a name, by which trials are compared: metric: {name: val/loss, goal: minimize}")
     _known("metric", content, {"name", "goal"})
     goal = content.get("goal", "minimize")
@@ -191,26 +209,36 @@ def _hyperband(content: Any) -> Hyperband:
         raise InputError("early_terminate.type must be hyperband, the one that W&B has")
     _known("early_terminate", content, {"type", "min_iter", "max_iter", "s", "eta", "strict"})
     eta = content.get("eta", 3)
-    if not _is_number(eta) or not eta > 1:
+    if not _is_number(eta) or not 1 < eta <= _MAX_INT:
         raise InputError(f"early_terminate.eta is {eta!r}; give a number above 1")
     strict = content.get("strict", True)
     if not isinstance(strict, bool):
         raise InputError(f"early_terminate.strict is {strict!r}; use true or false")
     for key in ("min_iter", "max_iter", "s"):
-        if key in content and (not _is_int(content[key]) or content[key] < 1):
-            raise InputError(f"early_terminate.{key} is {content[key]!r}; give a whole number above 0")
+        most = _MAX_BANDS if key == "s" else _MAX_INT
+        if key in content and (not _is_int(content[key]) or not 1 <= content[key] <= most):
+            raise InputError(f"early_terminate.{key} is {content[key]!r}; give a whole number in 1..{most}")
     if "max_iter" in content:
         if "s" not in content:
             raise InputError("early_terminate.max_iter needs s, the number of bands below it")
-        bands = [int(content["max_iter"] / eta**power) for power in range(1, content["s"] + 1)]
-        bands = [band for band in bands if band >= 1]
+        bands = _powers(lambda factor: int(content["max_iter"] / factor), eta, range(1, content["s"] + 1))
         if not bands:
             raise InputError(f"early_terminate: no band lies below max_iter {content['max_iter']}; lower eta")
     elif "min_iter" in content:
-        bands = [int(content["min_iter"] * eta**power) for power in range(100)]
+        bands = _powers(lambda factor: int(content["min_iter"] * factor), eta, range(100))
     else:
         raise InputError("early_terminate needs min_iter, or max_iter and s")
     return Hyperband(tuple(sorted(set(bands))), float(eta), strict)
+
+
+def _powers(band: Callable[[float], int], eta: float, powers: range) -> list[int]:
+    """Return the bands of eta's powers, as far as they are steps that a trial can come to."""
+    found = []
+    for power in powers:
+        if power * math.log(eta) > math.log(_MAX_INT) or not 1 <= band(eta**power) <= _MAX_INT:
+            break
+        found.append(band(eta**power))
+    return found
 
 
 # ---- parameters
@@ -222,7 +250,7 @@ def _parameters(content: Any, path: tuple[str, ...]) -> Iterator[Parameter]:
         raise InputError(f"{where} must name at least one parameter")
     for name, entry in content.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(f"{where}: {name!r} is no name of a parameter: letters, digits, dots, hyphens")
+            raise InputError(f"{where}: {name!r} is not a parameter's name: letters, digits, dots, hyphens")
         place = (*path, name)
         if not isinstance(entry, dict):
             raise InputError(f"{where}.{name}: give `value`, `values`, or `min` and `max`, not {entry!r}")
@@ -235,7 +263,7 @@ def _parameters(content: Any, path: tuple[str, ...]) -> Iterator[Parameter]:
 
 def _distribution(where: str, entry: Mapping[str, Any]) -> Distribution:
     name = entry["distribution"] if "distribution" in entry else _implied(where, entry)
-    if name not in _DISTRIBUTIONS:
+    if not isinstance(name, str) or name not in _DISTRIBUTIONS:
         raise InputError(f"{where}: distribution {name!r} is not supported; use {', '.join(_DISTRIBUTIONS)}")
     keys, make = _DISTRIBUTIONS[name]
     _known(where, entry, {"distribution", *keys})
@@ -257,24 +285,49 @@ def _implied(where: str, entry: Mapping[str, Any]) -> str:
 def _constant(where: str, entry: Mapping[str, Any]) -> Distribution:
     if "value" not in entry:
         raise InputError(f"{where}: a constant needs `value`")
-    return Constant(_passable(where, entry["value"]))
+    return Constant(_json_value(where, entry["value"]))
 
 
 def _categorical(where: str, entry: Mapping[str, Any]) -> Distribution:
     values = entry.get("values")
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: `values` must be a list of at least one value")
-    for place, value in enumerate(values):
-        _passable(where, value)
-        if value in values[:place]:
+    seen: set[Any] = set()
+    for value in values:
+        _json_value(where, value)
+        key = json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
+        if (isinstance(value, list | dict), key) in seen:
             raise InputError(f"{where}: value {value!r} stands twice")
+        seen.add((isinstance(value, list | dict), key))
     return Categorical(tuple(values))
 
 
-def _passable(where: str, value: Any) -> Any:
-    """A value that arrives on the command line as what it is."""
-    if value is None:
-        raise InputError(f"{where}: W&B would hand null on as the text None; leave the parameter out for its default")
+def _json_value(where: str, value: Any) -> Any:
+    """Return a value that can be written as JSON, and so on a command line and in a study; refuse any other."""
+    match value:
+        case None | bool():
+            pass
+        case int():
+            if abs(value) > _MAX_VALUE:
+                raise InputError(f"{where}: a whole number of {len(str(abs(value)))} digits is too large")
+        case float():
+            if not math.isfinite(value):
+                raise InputError(f"{where}: {value!r} is not a number; give a finite one")
+        case str():
+            if found := _UNSPOKEN.search(value):
+                raise InputError(f"{where}: {value!r} holds the character {found[0]!r}, which no command line can hold")
+        case list():
+            for item in value:
+                _json_value(where, item)
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise InputError(f"{where}: key {key!r} is not a text; write it in quotes")
+                _json_value(where, key)
+                _json_value(where, item)
+        case _:
+            kind = type(value).__name__
+            raise InputError(f"{where}: {str(value)!r} is read as a {kind}; write a text in quotes")
     return value
 
 
@@ -289,13 +342,18 @@ def _q_uniform(where: str, entry: Mapping[str, Any]) -> Distribution:
     q = entry.get("q", 1)
     if not _is_number(q) or not q > 0:
         raise InputError(f"{where}: q is {q!r}; give a number above 0")
-    return QUniform(*_bounds(where, entry), q)
+    low, high = _bounds(where, entry)
+    if not max(abs(low), abs(high)) / q <= _MAX_STEPS:
+        raise InputError(f"{where}: min {low} and max {high} are more than {_MAX_STEPS:,} times q {q}; raise q")
+    return QUniform(low, high, q)
 
 
 def _normal(where: str, entry: Mapping[str, Any]) -> Distribution:
     mu, sigma = entry.get("mu", 0.0), entry.get("sigma", 1.0)
     if not _is_number(mu) or not _is_number(sigma) or not sigma > 0:
         raise InputError(f"{where}: mu {mu!r} and sigma {sigma!r} must be numbers, sigma above 0")
+    if not math.isfinite(abs(mu) + 100 * sigma):
+        raise InputError(f"{where}: mu {mu!r} and sigma {sigma!r} are too large for numbers")
     return Normal(float(mu), float(sigma))
 
 
@@ -319,6 +377,8 @@ def _bounds(where: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
             raise InputError(f"{where}: {key} is {value!r}, not a number{hint}")
     if not low < high:  # type: ignore[operator]
         raise InputError(f"{where}: min {low} is not below max {high}")
+    if not math.isfinite(high - low):  # type: ignore[operator]
+        raise InputError(f"{where}: min {low} and max {high} are further apart than numbers reach")
     return low, high
 
 
@@ -338,7 +398,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return _is_int(value) and abs(value) <= _MAX_INT
 
 
 def _known(where: str, content: Mapping[str, Any], keys: Sequence[str] | set[str]) -> None:

@@ -8,21 +8,22 @@ each machine has an OUT of its own.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import write_json
+from imagen_lightning.io.atomic import write_bytes
+from imagen_lightning.io.locks import locked
 from imagen_lightning.sweeps.file import SweepFile
 
-INFO, FILE, STUDY = "sweep.json", "sweep.yaml", "study.db"
+INFO, FILE, STUDY, LOCK = "sweep.json", "sweep.yaml", "study.db", ".lock"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class SweepFolder:
         return self.path / "logs" / f"{number:04d}.lock"
 
     @property
+    def has_trials(self) -> bool:
+        """Whether a trial was begun in this folder."""
+        return _has_trials(self.path)
+
+    @property
     def is_alone(self) -> bool:
         """Whether the study is this folder's own, which no other machine shares."""
         return self.study == f"sqlite:///{self.path / STUDY}"
@@ -58,38 +64,50 @@ class SweepFolder:
         return self.path / "samples"
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path, sweep: SweepFile, study: str | None) -> Iterator[SweepFolder]:
-    """Makes or goes on with a sweep's folder, which one process has at a time.
+    """Make or resume a sweep's folder, which one process has at a time.
+
+    A folder in which no trial was begun takes another file; one that was made here goes if an error comes before that.
 
     Raises:
-        InputError: another process has it, it holds something else, or another study was given before.
+        InputError: another process has it, it holds something else, or another sweep or study was given before.
     """
     path = path.absolute()
-    known = path / INFO
-    if path.exists() and not known.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"--out {str(path)!r} is not empty and holds no sweep; give another folder")
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        others = [item for item in path.iterdir() if not item.name.startswith(LOCK)] if path.exists() else []
+        if others and not (path / INFO).exists():
+            raise InputError(f"--out {str(path)!r} is not empty and holds no sweep; give another folder")
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        advice = "wait for its end, or give this sweep another --out and the same --study"
+        with locked(path / LOCK, f"sweep folder {path}", advice=advice):
+            folder = _folder(path, sweep, study)
+            try:
+                yield folder
+            except BaseException:
+                if new and not folder.has_trials:
+                    shutil.rmtree(path)
+                    with contextlib.suppress(OSError):  # something else lies there by now
+                        for parent in new[1:]:
+                            parent.rmdir()
+                raise
     except OSError as error:
-        raise InputError(f"--out {str(path)!r} cannot be made: {error.strerror}; give another folder") from None
-    with (path / ".lock").open("a+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"a sweep runs in {path}; wait for it, or give this one another --out and the same --study"
-            ) from None
-        yield _folder(path, sweep, study)
+        found = Path(str(error.filename))
+        if error.filename is None or (path not in (found, *found.parents) and found not in path.parents):
+            raise
+        raise InputError(f"--out {str(path)!r} cannot be used: {error.strerror}; give another folder") from error
 
 
 def _folder(path: Path, sweep: SweepFile, study: str | None) -> SweepFolder:
     info = read_info(path)
-    if info is None:
-        address = _absolute(study) if study is not None else f"sqlite:///{path / STUDY}"
-        info = {"name": sweep.name, "study": address, "owner": secrets.token_hex(8), "metric": sweep.metric.name}
-        shutil.copyfile(sweep.path, path / FILE)
+    if info is None or not _has_trials(path):
+        before = info or {"study": f"sqlite:///{path / STUDY}", "owner": secrets.token_hex(8)}
+        address = before["study"] if study is None else _absolute(study)
+        info = {"name": sweep.name, "study": address, "owner": before["owner"], "metric": sweep.metric.name}
+        write_bytes(path / FILE, sweep.path.read_bytes())
         write_json(path / INFO, info)
+    elif info["name"] != sweep.name:
+        raise InputError(f"{path} holds trials of the sweep {info['name']!r}, not {sweep.name!r}; give another --out")
     elif study is not None and _absolute(study) != info["study"]:
         raise InputError(f"{path} belongs to the study {info['study']}, not {study}; leave --study out")
     address = str(info["study"])
@@ -98,11 +116,15 @@ def _folder(path: Path, sweep: SweepFile, study: str | None) -> SweepFolder:
     return SweepFolder(path, address, str(info["owner"]))
 
 
+def _has_trials(path: Path) -> bool:
+    return (path / "trials").exists() or (path / "logs").exists()
+
+
 def read_info(path: Path) -> dict[str, Any] | None:
-    """What sweep.json holds; None where there is none.
+    """Return what sweep.json holds; None where there is none.
 
     Raises:
-        InputError: it is none of a sweep's.
+        InputError: it is not a sweep's.
     """
     try:
         info = json.loads((path / INFO).read_text(encoding="utf-8"))

@@ -42,12 +42,6 @@ def stamp(folder: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def last_written(log: Path, folder: Path) -> float | None:
-    """When a trial last wrote its log, metrics or evaluation, in seconds of the epoch; None where it wrote nothing."""
-    paths = (log, folder / METRICS, folder / EVALUATION)
-    return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
-
-
 def known_metrics(folder: Path) -> list[str]:
     """The names that a folder holds, for a message about one that it does not."""
     if (folder / EVALUATION).is_file():

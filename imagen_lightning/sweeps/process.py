@@ -2,11 +2,13 @@
 
 The process inherits a locked file. The lock lasts as long as the process does, whatever becomes of the sweep, so that
 a sweep that begins again knows whether a trial of the killed one still trains, and never starts a second one in its
-folder.
+folder. (`imagen_lightning.io.locks` frees its locks with the process that took them, so it cannot do this.) The sweep
+touches the file while the process runs: how long a trial ran is known after a kill too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -81,10 +83,22 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 
+def see(lock: Path) -> None:
+    """Note that a trial's process runs."""
+    with contextlib.suppress(FileNotFoundError):  # of a folder that somebody deletes
+        os.utime(lock)
+
+
+def last_seen(lock: Path) -> float:
+    """Return when a trial's process was last known to run, in seconds of the disk's clock; 0 where nobody knows."""
+    return max((path.stat().st_mtime for path in (lock, lock.with_suffix(".log")) if path.exists()), default=0.0)
+
+
 def end_orphan(lock: Path, patience: float) -> None:
     """Waits for a killed sweep's process to end, asks it to, and after `patience` seconds kills it."""
     deadline, asked = time.monotonic() + patience, False
     while (pid := _holder(lock)) is not None:
+        see(lock)
         late = time.monotonic() > deadline
         if pid and (late or not asked):
             asked = True

@@ -6,17 +6,18 @@ again with the same command, takes over the trials that were its own, and loses 
 
 from __future__ import annotations
 
+import difflib
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from imagen_lightning.errors import InputError
 from imagen_lightning.sweeps import command, metric, process, search
 from imagen_lightning.sweeps.file import SweepFile
 from imagen_lightning.sweeps.folder import SweepFolder
@@ -25,6 +26,7 @@ from imagen_lightning.sweeps.process import TrialProcess
 if TYPE_CHECKING:
     from optuna.study import Study
 
+# Of a trial in the study. SECONDS is the sum over its starts; STARTED is when the last one began, until that is added.
 OWNER, FOLDER, COMMAND, PROBLEM, STOPPED, ATTEMPTS, SECONDS, STARTED = (
     *("owner", "folder", "command", "problem", "stopped", "attempts", "seconds", "started"),
 )
@@ -75,6 +77,7 @@ class Runner:
         folder: this machine's.
         slots: one a worker.
         most: trials of the study, on all machines together; for a grid at most its combinations.
+        metric_is_known: whether the metric's name was checked against what trials log.
         say: told of each trial's beginning and end.
         pause: seconds between two looks at the running trials.
         patience: seconds that a process gets to end when asked.
@@ -85,6 +88,7 @@ class Runner:
     folder: SweepFolder
     slots: list[Slot]
     most: int
+    metric_is_known: bool = False
     say: Say = print
     pause: float = 0.5
     patience: float = PATIENCE
@@ -92,18 +96,20 @@ class Runner:
     _active: list[Active] = field(default_factory=list)
     _signals: list[int] = field(default_factory=list)
     _told: bool = False
+    _warned: bool = False  # of a metric that may be misspelt
+    _stopping: bool = False  # no trial begins any more: a finished one lacks the metric
     _waiting: list[FrozenTrial] = field(default_factory=list)  # of an earlier process of this folder
 
     def run(self) -> Counts:
         """Runs until all trials are there, or a signal comes.
 
         The first SIGINT or SIGTERM asks the running trials to finish their step; another one kills them. Both leave
-        them to be gone on with.
+        them to be resumed.
         """
         with self._watching_signals():
             self._take_over()
             while True:
-                while not self._signals and len(self._active) < len(self.slots) and self._begin_next():
+                while not self._is_ending and len(self._active) < len(self.slots) and self._begin_next():
                     pass
                 if not self._active:
                     break
@@ -114,6 +120,10 @@ class Runner:
         self.counts.signal = self._signals[0] if self._signals else None
         return self.counts
 
+    @property
+    def _is_ending(self) -> bool:
+        return bool(self._signals) or self._stopping
+
     # ---- beginning
 
     def _take_over(self) -> None:
@@ -123,22 +133,16 @@ class Runner:
             if trial.user_attrs.get(OWNER, self.folder.owner if self.folder.is_alone else None) != self.folder.owner:
                 continue
             process.end_orphan(self.folder.process(trial.number), self.patience)
-            self._add_lost_seconds(trial)
+            own = Trial(self.study, trial._trial_id)
+            if (started := trial.user_attrs.get(STARTED)) is not None:
+                self._add_seconds(own, process.last_seen(self.folder.process(trial.number)) - started)
             if trial.user_attrs.get(STOPPED):
-                self._end(Trial(self.study, trial._trial_id), TrialState.PRUNED, "stopped early")
+                self._end(own, TrialState.PRUNED, "stopped early")
             else:
                 self._waiting.append(trial)
 
-    def _add_lost_seconds(self, trial: FrozenTrial) -> None:
-        """Adds the time from a start whose end a killed sweep did not see to its process's last sign of life."""
-        started = trial.user_attrs.get(STARTED)
-        if started is not None:
-            known = Trial(self.study, trial._trial_id)
-            last = metric.last_written(self.folder.log(trial.number), self.folder.trial(trial.number))
-            _add_seconds(known, max(0.0, (last or started) - started))
-
     def _again(self, frozen: FrozenTrial) -> Trial:
-        """A trial to go on with, as `ask` would have made it whole."""
+        """Return a trial to resume, as `ask` would have made it whole."""
         trial = Trial(self.study, frozen._trial_id)
         for name, distribution in search.space(self.sweep).items():
             trial._suggest(name, distribution)
@@ -151,7 +155,7 @@ class Runner:
         return trial
 
     def _begin_next(self) -> bool:
-        """Goes on with a trial or begins one; False where there is none."""
+        """Resume a trial or begin one; return False where there is none."""
         if self._waiting:
             frozen = self._waiting.pop(0)
             self._begin(self._again(frozen), len(frozen.intermediate_values))
@@ -183,7 +187,8 @@ class Runner:
         except OSError as error:
             self._end(trial, TrialState.FAIL, f"cannot be started: {error}")
             return
-        self.say(f"trial {number} {'goes on' if attempts > 1 else 'begins'}: {_words(self.sweep, trial.params)}")
+        trial.set_user_attr(STARTED, process.last_seen(self.folder.process(number)))
+        self.say(f"trial {number} {'resumes' if attempts > 1 else 'begins'}: {_words(self.sweep, trial.params)}")
         self._active.append(Active(trial, slot, running, time.monotonic(), num_reported))
 
     # ---- watching
@@ -205,12 +210,31 @@ class Runner:
                 active.asked = time.monotonic()
                 active.running.terminate()
         if code is None:
+            process.see(self.folder.process(active.trial.number))
             if active.asked is not None and time.monotonic() - active.asked > self.patience:
                 active.running.kill()
+            elif stamp is not None and changed and not found and not self.metric_is_known:
+                self._warn_of_metric(folder)
             return
         self._active.remove(active)
-        _add_seconds(active.trial, time.monotonic() - active.started)
+        self._add_seconds(active.trial, time.monotonic() - active.started)
         self._ended(active, code, found)
+
+    def _add_seconds(self, trial: Trial, seconds: float) -> None:
+        """Add what a start took, also one whose sweep was killed, and note that it is counted."""
+        trial.set_user_attr(SECONDS, round(float(trial.user_attrs.get(SECONDS, 0.0)) + max(seconds, 0.0), 2))
+        trial.set_user_attr(STARTED, None)
+
+    def _warn_of_metric(self, folder: Path) -> None:
+        """Say once that the first rows lack the metric, where its name may be misspelt."""
+        known = metric.known_metrics(folder)
+        near = difflib.get_close_matches(self.sweep.metric.name, known, n=3, cutoff=0.85)
+        if near and not self._warned:
+            self._warned = True
+            self.say(
+                f"metric {self.sweep.metric.name!r} has not been logged yet; did you mean {' or '.join(near)}? "
+                "(Ctrl-C ends the sweep)"
+            )
 
     def _ended(self, active: Active, code: int, found: list[tuple[int, float]]) -> None:
         trial, name = active.trial, self.sweep.metric.name
@@ -221,10 +245,18 @@ class Runner:
             self._end(trial, TrialState.COMPLETE, f"{name} {found[-1][1]:.6g}", found[-1][1])
         elif code == 0:
             known = metric.known_metrics(self.folder.trial(trial.number))
-            what = f"it logged {', '.join(known[:20])}" if known else "it logged nothing"
+            near = difflib.get_close_matches(name, known, n=3)
+            what = (
+                f"did you mean {' or '.join(near)}? it logged {', '.join(known[:20])}"
+                if near
+                else (f"it logged {', '.join(known[:20])}" if known else "it logged nothing")
+            )
             self._end(trial, TrialState.FAIL, f"metric {name!r} is missing: {what}")
+            if not self._stopping and not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+                self._stopping = True
+                self.say("no further trial begins, since none would have a value: correct metric.name")
         elif self._signals:
-            self.say(f"trial {trial.number} is left to be gone on with")
+            self.say(f"trial {trial.number} is left to be resumed")
         elif code < 0 or code == 128 + signal.SIGTERM:
             self._killed(active, -code if code < 0 else code - 128)
         else:
@@ -232,7 +264,7 @@ class Runner:
             self._end(trial, TrialState.FAIL, f"exit code {code}; the end of {log}:\n{process.log_end(log)}")
 
     def _killed(self, active: Active, number: int) -> None:
-        """Goes on with a trial that something else ended, a few times: it may be what is killed for memory."""
+        """Resume a trial that something else ended, a few times: it may be what is killed for memory."""
         trial, name = active.trial, signal.Signals(number).name
         if int(trial.user_attrs.get(ATTEMPTS, 1)) < MOST_ATTEMPTS:
             self.say(f"trial {trial.number} was ended by {name}")
@@ -251,8 +283,8 @@ class Runner:
         else:
             self.counts.complete += 1
         self.study.tell(trial, value, state=state)
-        verb = {TrialState.FAIL: "failed", TrialState.PRUNED: "was pruned"}.get(state, "finished")
-        self.say(f"trial {trial.number} {verb}: {words}")
+        became = {TrialState.FAIL: "failed", TrialState.PRUNED: "was pruned"}.get(state, "finished")
+        self.say(f"trial {trial.number} {became}: {words}")
 
     # ---- signals
 
@@ -271,19 +303,13 @@ class Runner:
             return
         if not self._told:
             self._told = True
-            self.say("ending: running trials finish their step and can be gone on with; once more kills them")
+            self.say("ending: running trials finish their step and can be resumed; once more kills them")
         for active in self._active:
             if len(self._signals) > 1:
                 active.running.kill()
             elif active.asked is None:
                 active.asked = time.monotonic()
                 active.running.terminate()
-
-
-def _add_seconds(trial: Trial, seconds: float) -> None:
-    """Adds the time of one start of a trial to that of its earlier starts."""
-    trial.set_user_attr(SECONDS, round(float(trial.user_attrs.get(SECONDS, 0.0)) + seconds, 2))
-    trial.set_user_attr(STARTED, None)
 
 
 def trial_command(sweep: SweepFile, params: dict[str, Any], folder: SweepFolder, number: int) -> list[str]:
@@ -305,13 +331,7 @@ def _words(sweep: SweepFile, params: dict[str, Any]) -> str:
 
 
 def preview(sweep: SweepFile, bayes: str, seed: int, most: int) -> list[dict[str, Any]]:
-    """The parameters of the first trials, by a study in memory; of bayes only what is drawn before anything is known.
-
-    Raises:
-        InputError: no trials.
-    """
-    if most < 1:
-        raise InputError(f"--trials {most} must be at least 1")
+    """Return the first trials' parameters, by a study in memory; of bayes what is tried before anything is known."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=search.sampler(sweep, bayes, seed))
     return [study.ask(search.space(sweep)).params for _ in range(most)]

@@ -64,7 +64,7 @@ def space(sweep: SweepFile) -> dict[str, BaseDistribution]:
 def _optuna(distribution: Distribution) -> BaseDistribution:
     match distribution:
         case Categorical(choices):
-            return CategoricalDistribution([_plain(choice) for choice in choices])
+            return CategoricalDistribution([_label(choice) for choice in choices])
         case IntUniform(low, high):
             return IntDistribution(low, high)
         case Uniform(low, high):
@@ -81,14 +81,15 @@ def _optuna(distribution: Distribution) -> BaseDistribution:
     raise TypeError(f"{distribution!r} is not searched")
 
 
-def _plain(value: Any) -> Any:
-    """A choice as studies keep it: lists and mappings as JSON."""
-    return value if isinstance(value, str | int | float | bool) else json.dumps(value)
+def _label(choice: Any) -> Any:
+    """Return a choice as studies keep it: lists and mappings as JSON, and so a text that could be taken for one."""
+    is_plain = not isinstance(choice, list | dict) and not str(choice).startswith(("[", "{", '"'))
+    return choice if is_plain else json.dumps(choice)
 
 
 def to_study(parameter: Parameter, value: Any) -> Any:
-    """A value of the file as the study has it."""
-    return _plain(value) if isinstance(parameter.distribution, Categorical) else value
+    """Return a value of the file as the study has it."""
+    return _label(value) if isinstance(parameter.distribution, Categorical) else value
 
 
 def values_of(sweep: SweepFile, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,8 +103,7 @@ def values_of(sweep: SweepFile, found: Mapping[str, Any]) -> dict[str, Any]:
             case Normal():
                 made[parameter.name] = distribution.at(found[study_name(parameter)])
             case Categorical(choices):
-                kept = found[parameter.name]
-                made[parameter.name] = next(choice for choice in choices if _plain(choice) == kept)
+                made[parameter.name] = next(choice for choice in choices if _label(choice) == found[parameter.name])
             case QUniform():
                 made[parameter.name] = distribution.multiple(round(found[parameter.name] / distribution.q))
             case _:
@@ -115,24 +115,19 @@ def values_of(sweep: SweepFile, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grid_size(sweep: SweepFile) -> int:
-    """The number of combinations."""
-    return math.prod(len(_listed(parameter)) for parameter in searched(sweep))
+    """Return the number of combinations."""
+    return math.prod(parameter.distribution.size or 0 for parameter in searched(sweep))  # each has a size
 
 
 def grid_point(sweep: SweepFile, number: int) -> dict[str, Any]:
     """The combination of that number, by name in the study; the file's last parameter varies fastest."""
     point: dict[str, Any] = {}
     for parameter in reversed(searched(sweep)):
-        values = _listed(parameter)
-        number, place = divmod(number, len(values))
-        point[study_name(parameter)] = to_study(parameter, values[place])
+        size = parameter.distribution.size
+        assert size is not None  # grids of others were refused with the file
+        number, place = divmod(number, size)
+        point[study_name(parameter)] = to_study(parameter, parameter.distribution.nth(place))
     return dict(reversed(point.items()))
-
-
-def _listed(parameter: Parameter) -> Sequence[Any]:
-    values = parameter.distribution.values()
-    assert values is not None  # grids of others were refused with the file
-    return values
 
 
 # ---- samplers
@@ -285,22 +280,29 @@ def storage_of(address: str) -> optuna.storages.BaseStorage:
         time.sleep(waits.pop(0))
 
 
-def open_study(sweep: SweepFile, address: str, bayes: str = "tpe", seed: int = 0) -> Study:
-    """The sweep's study, made where it is not there.
+def open_study(
+    sweep: SweepFile, address: str, bayes: str = "tpe", seed: int = 0, *, may_replace: bool = False
+) -> Study:
+    """Return the sweep's study, made where there is none.
+
+    Args:
+        sweep: the file.
+        address: of the storage.
+        bayes: "tpe" or "gp", what `method: bayes` means.
+        seed: of random and bayes.
+        may_replace: make a study anew that another file began and that has no trial.
 
     Raises:
         InputError: the storage cannot be opened, or its study of this name is of another sweep.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=storage_of(address),
-        study_name=sweep.name,
-        direction="maximize" if sweep.metric.maximize else "minimize",
-        sampler=sampler(sweep, bayes, seed),
-        pruner=optuna.pruners.NopPruner() if sweep.early_terminate is None else HyperbandBands(sweep.early_terminate),
-        load_if_exists=True,
-    )
-    content = json.dumps(search_of(sweep), sort_keys=True)
+    storage = storage_of(address)
+    study = _study(sweep, storage, bayes, seed)
+    begun = study.user_attrs.get(CONTENT)
+    if may_replace and begun is not None and begun != _content(sweep) and not study.get_trials(deepcopy=False):
+        optuna.delete_study(study_name=sweep.name, storage=storage)
+        study = _study(sweep, storage, bayes, seed)
+    content = _content(sweep)
     found = study.user_attrs.get(CONTENT)
     if found is None:
         study.set_user_attr(CONTENT, content)
@@ -313,6 +315,21 @@ def open_study(sweep: SweepFile, address: str, bayes: str = "tpe", seed: int = 0
             "another `name`, or another --out or --study"
         )
     return study
+
+
+def _study(sweep: SweepFile, storage: optuna.storages.BaseStorage, bayes: str, seed: int) -> Study:
+    return optuna.create_study(
+        storage=storage,
+        study_name=sweep.name,
+        direction="maximize" if sweep.metric.maximize else "minimize",
+        sampler=sampler(sweep, bayes, seed),
+        pruner=optuna.pruners.NopPruner() if sweep.early_terminate is None else HyperbandBands(sweep.early_terminate),
+        load_if_exists=True,
+    )
+
+
+def _content(sweep: SweepFile) -> str:
+    return json.dumps(search_of(sweep), sort_keys=True)
 
 
 def search_of(sweep: SweepFile) -> dict[str, Any]:

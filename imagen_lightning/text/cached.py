@@ -15,6 +15,8 @@ encoder gives no mask.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from imagen_lightning.io.atomic import is_temporary, temporary_path
 from imagen_lightning.text.common import masked_mean
 from imagen_lightning.types import InputError, Text
 
@@ -74,6 +77,8 @@ def dequantize(states: np.ndarray, scales: np.ndarray) -> np.ndarray:
 class StatesWriter:
     """Writes a file of text states in whatever order they come, whole or not at all: leaving the context finishes it.
 
+    Several processes may write one file: the last to finish counts. What a killed one left is removed.
+
     Args:
         path: the file; it appears under this name when it is whole.
         num_tokens: each caption's number of states; as many must be written.
@@ -82,7 +87,7 @@ class StatesWriter:
         metadata: strings kept with the states, `mask` among them.
 
     Raises:
-        InputError: states that are not finite, or too large for float16; another process writes the same file.
+        InputError: states that are not finite, or too large for float16.
         OSError: the file cannot be written; nothing is left of it.
     """
 
@@ -104,12 +109,16 @@ class StatesWriter:
         shapes["states"] = (_NAMES[dtype], [total, dim])
         shapes["captions"] = ("U8", [len(self._digests), _DIGEST])
         self._header, self._starts = _layout(shapes, {"format": FORMAT, "version": VERSION, "dtype": dtype, **metadata})
-        self._partial = path.with_name(path.name + ".partial")
+        self._temporary = temporary_path(path)
         self._file = -1
 
     def __enter__(self) -> StatesWriter:
-        self._partial.unlink(missing_ok=True)  # of a process that was killed
-        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
+            if is_temporary(path):
+                _remove_abandoned(path)
+        while not self._temporary.exists():  # another process may remove it before it is locked
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            fcntl.flock(self._file, fcntl.LOCK_SH)
         try:
             self._put(0, self._header)
             self._put(self._starts["offsets"], self._offsets.tobytes())
@@ -166,24 +175,25 @@ class StatesWriter:
             if self._left:
                 raise RuntimeError(f"{len(self._left)} captions of {self.path} were not written")
             os.fsync(self._file)
-            if not self._is_ours():
-                raise InputError(f"another process writes {str(self.path)!r} too; let one of them end")
-            os.replace(self._partial, self.path)
-        except (OSError, RuntimeError, InputError):
+            os.replace(self._temporary, self.path)
+        except (OSError, RuntimeError):
             self._discard()
             raise
         os.close(self._file)
 
-    def _is_ours(self) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self._file), os.stat(self._partial))
-        except FileNotFoundError:
-            return False
-
     def _discard(self) -> None:
-        if self._is_ours():
-            self._partial.unlink()
+        self._temporary.unlink(missing_ok=True)
         os.close(self._file)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file that no process writes any more."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except (FileNotFoundError, BlockingIOError):
+        return
 
 
 class StatesFile:

@@ -14,9 +14,7 @@ file as diffusers reads it. The metadata holds strings alone, and nothing of a f
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from imagen_lightning.io.atomic import write_bytes
 from imagen_lightning.text.identity import difference
 from imagen_lightning.text.pseudo_tokens import PseudoTokens
 from imagen_lightning.types import InputError, TextEncoder
@@ -107,14 +106,9 @@ def save_tokens(
         "words": json.dumps(list(tensors), ensure_ascii=False),
         "identity": json.dumps(encoder.identity(), ensure_ascii=False),
     }
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save(tensors, metadata=metadata))
-        os.replace(partial, path)
+        write_bytes(path, save(tensors, metadata=metadata))
     except OSError as error:
-        with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
-            partial.unlink(missing_ok=True)
         raise InputError(f"file of pseudo-words {str(path)!r} cannot be written: {error.strerror}") from error
 
 

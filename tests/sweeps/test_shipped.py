@@ -13,7 +13,7 @@ import yaml
 from imagen_lightning.cli.main import main
 from imagen_lightning.cli.sweep_check import check, configuration, examples
 from imagen_lightning.errors import InputError
-from imagen_lightning.sweeps.command import arguments_of, expand, own_verb
+from imagen_lightning.sweeps.command import arguments_of, expand, own_command
 from imagen_lightning.sweeps.file import read_sweep
 from imagen_lightning.sweeps.metric import history
 
@@ -60,7 +60,7 @@ def test_values_arrive_where_the_names_point(path, tmp_path, monkeypatch):
     sweep = read_sweep(path)
     for values in examples(sweep):
         words = expand(sweep, arguments_of(sweep, values))
-        verb, rest = own_verb(words)
+        verb, rest = own_command(words)
         if verb == "evaluate":
             from imagen_lightning.cli.evaluate import axes_of, parser
 
@@ -177,7 +177,7 @@ def test_measured_samples_leave_the_stages_own_callbacks():
 @pytest.mark.parametrize("path", TRAININGS, ids=identity)
 def test_the_first_trial_trains_and_logs_its_metric(path, tmp_path):
     sweep = read_sweep(path)
-    verb, rest = own_verb(expand(sweep, arguments_of(sweep, next(iter(examples(sweep))))))
+    verb, rest = own_command(expand(sweep, arguments_of(sweep, next(iter(examples(sweep))))))
     small = [
         "--trainer.max_steps=2",
         "--model.init_args.optimization.warmup_steps=0",

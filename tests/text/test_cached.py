@@ -12,6 +12,7 @@ import safetensors
 import torch
 from safetensors.numpy import load_file, save_file
 
+from imagen_lightning.io.atomic import temporary_path
 from imagen_lightning.text import TinyTextEncoder
 from imagen_lightning.text.cached import StatesFile, StatesWriter, caption_digest, dequantize, quantize, stored_bytes
 from imagen_lightning.text.identity import PROBES, difference, digest_tokens, digest_weights
@@ -120,15 +121,14 @@ def store_some(path, num_tokens, captions, dim=4):
         writer.write(captions, TinyTextEncoder(dim)(captions))
 
 
-def test_a_killed_writers_rest_is_replaced_and_a_second_writer_is_noticed(tmp_path):
+def test_what_a_killed_writer_left_is_removed_and_a_second_writer_is_none(tmp_path):
     path = tmp_path / "a.safetensors"
-    path.with_name("a.safetensors.partial").write_bytes(b"x" * 10_000)
+    temporary_path(path).write_bytes(b"x" * 10_000)
     store_some(path, {"a": 1}, ["a"])
     assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
-    other = tmp_path / "b.safetensors"
-    with pytest.raises(InputError, match="another process writes"):
-        store_while_another_does(other)
-    assert StatesFile(other).read("a") is not None
+    store_while_another_does(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
+    assert StatesFile(path).read("a") is not None
 
 
 @pytest.mark.parametrize(
