@@ -319,6 +319,6 @@ class Cascade:
 def check_device(device: torch.device | str) -> None:
     """Raises InputError where this machine has no such device."""
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # "meta" holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}); try cpu") from error

@@ -6,10 +6,9 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, new_file, whole
 from imagen_lightning.errors import InputError
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -29,9 +28,11 @@ def parser() -> Parser:
         default="cuda",
         help="whose kernels keep which tensors; default: cuda, any GPU, which need not be there",
     )
-    made.add_argument("--tokens", type=int, help="of the longest caption in a batch; default: the encoder's most")
+    made.add_argument(
+        "--tokens", type=whole(1, 100_000), help="of the longest caption in a batch; default: the encoder's most"
+    )
     made.add_argument("--measure", action="store_true", help="also run two real steps here, and measure the second")
-    made.add_argument("--json", metavar="FILE", help="write the plan there, in bytes and FLOPs")
+    made.add_argument("--json", type=new_file, metavar="FILE", help="write the plan there, in bytes and FLOPs")
     return made
 
 
@@ -47,10 +48,6 @@ def main(arguments: Sequence[str]) -> int:
     while rest and not rest[0].startswith("-"):  # plan STAGE.yaml OVERLAY.yaml
         first = next((i for i, item in enumerate(rest) if item.startswith("-")), len(rest))
         rest = [item for path in rest[:first] for item in (f"--config={path}",)] + rest[first:]
-    if options.json and Path(options.json).exists():
-        raise InputError(f"{options.json} exists; choose another file")
-    if options.tokens is not None and options.tokens < 1:
-        raise InputError(f"tokens {options.tokens} must be at least 1")
     if not any(item.split("=")[0] in ("--config", "-c") for item in rest):
         raise InputError("which stage? give its YAML: imagen-lightning plan experiments/quickstart/base.yaml")
 
@@ -75,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         from imagen_lightning.files import write_text
 
-        write_text(Path(options.json), json.dumps(found, indent=2) + "\n")
+        write_text(options.json, json.dumps(found, indent=2) + "\n")
     return 0
 
 
