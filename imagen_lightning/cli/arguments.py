@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,11 +151,11 @@ def _writable(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     if there != path and not there.is_dir():
         raise argparse.ArgumentTypeError(f"{shown(text)} cannot be written: {shown(str(there))} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} cannot be written: {shown(str(there))} is read-only, or not yours to write"
-        )
-    return path
+    try:
+        with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent):  # os.access allows root anything
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} cannot be written: {error.strerror}") from None
 
 
 def shown(text: str, most: int = 60) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from imagen_lightning.errors import InputError
-from imagen_lightning.io.bounded_yaml import read_yaml
+from imagen_lightning.files import read_text
+from imagen_lightning.io.yaml import MAX_BYTES, read_yaml
 
 
 def find_config(name: str) -> Path:
@@ -31,7 +32,7 @@ def find_config(name: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML's keys; raises InputError where it has none or cannot be read."""
-    content = read_yaml(path, "configuration")
+    content = read_yaml(read_text(path, "configuration", MAX_BYTES), f"configuration {str(path)!r}")
     if not isinstance(content, dict):
         raise InputError(f"configuration {str(path)!r} holds no keys such as `model:`; experiments/ has examples")
     return content

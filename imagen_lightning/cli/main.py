@@ -108,9 +108,10 @@ def explain(error: BaseException) -> str | None:
         return explain_os_error(error)
     if isinstance(error, UnicodeError):
         return f"a text is not UTF-8: {error}; save it as UTF-8"
+    if type(error).__name__ == "SafetensorError":  # by name, as torch's below: libraries that may not be imported yet
+        return f"a file of weights cannot be read or written: {_first_line(error)}"
     if isinstance(error, RecursionError):
         return "the input is nested too deeply; give one with fewer levels of lists and mappings"
-    # torch's errors by name: whatever fails before torch is imported is told without it.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return f"too little memory ({_first_line(error) or 'of this process'}); make less at a time or choose less"
     return None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from imagen_lightning.cli.arguments import Parser, new_file, whole
+from imagen_lightning.cli.arguments import Parser, new_file, shown, whole
 from imagen_lightning.errors import InputError
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -39,8 +39,13 @@ def parser() -> Parser:
 def _memory(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount; write e.g. 24GB (of 10^9 bytes) or 24GiB")
-    return round(float(found[1]) * _UNITS[found[2]])
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not an amount of memory; write e.g. 24GB (of 10^9 bytes) or 24GiB"
+        )
+    amount = float(found[1]) * _UNITS[found[2]]
+    if amount > 10**18:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is more memory than any GPU has")
+    return round(amount)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,7 +58,14 @@ def main(arguments: Sequence[str]) -> int:
 
     from imagen_lightning.cli.plan_config import read_training, weights_of
     from imagen_lightning.planning import make_plan, show_plan
+    from imagen_lightning.planning.advice import FIXED
+    from imagen_lightning.planning.show import show_bytes
 
+    if options.memory is not None and options.memory <= FIXED:
+        raise InputError(
+            f"--memory {show_bytes(options.memory)} is no more than the {show_bytes(FIXED)} that a GPU's context and "
+            "libraries take; give the whole memory of the GPU"
+        )
     training, config = read_training(rest, options.device, options.tokens)
     measured = None
     if options.measure:
@@ -79,9 +91,10 @@ def main(arguments: Sequence[str]) -> int:
 def _advise(training: Any, config: Any, plan: Any, memory: int) -> dict[str, Any]:
     from imagen_lightning.cli.plan_config import levers
     from imagen_lightning.planning import cheapest, fits
+    from imagen_lightning.planning.advice import room
     from imagen_lightning.planning.show import show_bytes
 
-    print(f"\n{show_bytes(memory)}, of which an estimate may take {show_bytes((memory - 1e9) / 1.05)}")
+    print(f"\n{show_bytes(memory)}, of which an estimate may take {show_bytes(room(memory))}")
     if fits(plan.peak, memory):
         print("  fits as it is")
         return {"fits": True, "memory": memory, "overrides": []}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from imagen_lightning.cascade.local import first_line
 from imagen_lightning.files import read_text
-from imagen_lightning.io.bounded_yaml import load_yaml
+from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.text.hub import first_sentence, reach_hub
 from imagen_lightning.types import InputError
 
@@ -215,7 +215,7 @@ def read_licence(folder: Path) -> dict[str, str]:
     card = folder / "README.md"
     header = re.match(r"---\n(.*?)\n---", read_text(card, "model card"), re.DOTALL) if card.is_file() else None
     if header:
-        said = load_yaml(header[1], f"the header of {str(card)!r}")
+        said = read_yaml(header[1], f"the header of {str(card)!r}")
         said = said if isinstance(said, dict) else {}
         name = said.get("license_name") if said.get("license") in (None, "other") else None
         licences = name or said.get("license")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from imagen_lightning.io.bounded_yaml import load_yaml
+from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
@@ -141,7 +141,7 @@ def _mapping_of(parse: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
 
 
 def _configuration(text: str) -> dict[str, Any]:
-    return _mapping_of(lambda content: load_yaml(content, CONFIG))(text)
+    return _mapping_of(lambda content: read_yaml(content, CONFIG))(text)
 
 
 def _verdict(text: str) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from imagen_lightning.components import find_class
 from imagen_lightning.errors import InputError
-from imagen_lightning.io.bounded_yaml import read_yaml
+from imagen_lightning.files import read_text
+from imagen_lightning.io.yaml import MAX_BYTES, read_yaml
 from imagen_lightning.metrics.features.base import FeatureExtractor
 
 _OWN = "imagen_lightning.metrics.features"
@@ -31,7 +32,8 @@ def load_extractor(path: Path, trust: Iterable[str] = ()) -> FeatureExtractor:
         InputError: no such file, no YAML, a class that is no extractor or of a package not trusted, arguments that it
             does not take.
     """
-    data = read_yaml(path, "extractor description")
+    what = "extractor description"
+    data = read_yaml(read_text(path, what, MAX_BYTES), f"{what} {str(path)!r}")
     if not isinstance(data, dict) or set(data) - {"class_path", "init_args"} or "class_path" not in data:
         raise InputError(f"extractor description {str(path)!r} needs class_path and init_args, and nothing else")
     cls = _find(str(data["class_path"]), trust)
