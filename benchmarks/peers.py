@@ -4,7 +4,9 @@ Every peer is Imagen's base U-Net as its project builds it: channels dim x (1, 2
 attention with text at every level but the first.
 
 diffusers comes with `pip install -e ".[dev]"`. imagen-pytorch is optional: `pip install --no-deps imagen-pytorch kornia
-kornia_rs ema-pytorch beartype pytorch-warmup datasets einops` beside this project's environment.
+kornia_rs ema-pytorch beartype pytorch-warmup datasets einops pandas pyarrow multiprocess dill xxhash`, into
+this project's environment. `--no-deps` keeps its versions of torch and others; the last five are what
+datasets imports.
 """
 
 from __future__ import annotations

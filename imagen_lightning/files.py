@@ -12,6 +12,7 @@ from typing import Any
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.io.atomic import write_text
+from imagen_lightning.io.locks import is_lock
 
 _MENDS = {
     errno.ENOSPC: "make room on that disk",
@@ -23,12 +24,69 @@ _MENDS = {
 }
 
 
+def explain_os_error(error: OSError) -> str:
+    """Return the line on an error of the operating system: the path, the reason and, where it is known, the fix."""
+    if error.errno is None:  # a library's own, such as a network's; of a loader's process with its traceback
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[-1] if lines[0].startswith("Caught ") else lines[0]
+    reason = f"{error.strerror or os.strerror(error.errno)}"
+    if error.errno in _MENDS:
+        reason = f"{'cannot be written' if error.filename else 'a file cannot be written'}: {reason}"
+        reason = f"{reason}; {_MENDS[error.errno]}"
+    elif error.filename is not None:
+        reason = f"cannot be read or written: {reason}"
+    return reason if error.filename is None else f"{_named(error.filename)} {reason}"
+
+
+def _named(filename: Any) -> str:
+    return os.fsdecode(filename) if isinstance(filename, str | bytes) else str(filename)
+
+
 def unwritable(error: OSError, folder: Path) -> InputError | None:
     """The line on a file in the folder that cannot be written, and the mend; None for any other error."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if error.errno not in _MENDS or path is None or folder.resolve() not in path.resolve().parents:
         return None
-    return InputError(f"{path} cannot be written: {error.strerror}; {_MENDS[error.errno]}")
+    return InputError(explain_os_error(error))
+
+
+def read_text(path: Path, what: str, most: int = 2**26) -> str:
+    """Return the text of a UTF-8 file, without its byte order mark.
+
+    Args:
+        path: the file.
+        what: it is, for messages: "configuration".
+        most: bytes that it may have.
+
+    Raises:
+        InputError: it cannot be read, is too large or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:  # of a device or pipe, which has no size, no more than that is read
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from None
+    if len(data) > most:
+        raise InputError(f"{what} {str(path)!r} has more than {most:,} bytes; is it the right file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def read_json(path: Path, what: str, most: int = 2**26) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        InputError: see `read_text`; or it is damaged, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path, what, most))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{what} {str(path)!r} is damaged: {reason}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,22 +106,31 @@ def begin_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
     Raises:
         InputError: it holds something else; the message names what differs.
     """
+    if not check_folder(out, name, plan, what):
+        write_json(out / name, plan)
+
+
+def check_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> bool:
+    """Return whether OUT was begun for what `begin_folder` is to note in it; writes nothing.
+
+    Raises:
+        InputError: see there.
+    """
     path, wanted = out / name, json.loads(json.dumps(plain(plan)))  # as it is read back
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not all(map(is_lock, out.iterdir()))):
             raise InputError(f"--out {str(out)!r} is not empty and holds no {what}; give another folder")
-        write_json(path, wanted)
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} cannot be read; give another --out, or delete {out}") from None
+        return False
+    found = read_json(path, "file")
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged; give another --out, or delete {out}")
     for key, value in wanted.items():
         if found.get(key) != value:
             raise InputError(
                 f"--out {str(out)!r} holds another {what}: its {key} is {found.get(key)!r}, this one's {value!r}; give "
                 "another folder"
             )
+    return True
 
 
 def plain(value: Any) -> Any:

@@ -224,7 +224,8 @@ class Cascade:
 
         Args:
             captions: B strings, or one.
-            seed: one for all, or one an image, whose noise then depends on its own seed and not on its place.
+            seed: in [0, 2^63), one for all, or one an image, whose noise then depends on its own seed and not on its
+                place.
             guidance: classifier-free guidance weight; 1 for none.
             steps: along the time, at least 1.
             sampler: an object of `imagen_lightning.samplers`, or the name of one ("ddpm", "ddim", "dpmpp").
@@ -319,6 +320,6 @@ class Cascade:
 def check_device(device: torch.device | str) -> None:
     """Raises InputError where this machine has no such device."""
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # "meta" holds nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}); try cpu") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -116,12 +117,26 @@ def _is_number(value: Any) -> bool:
 
 
 def image_seeds(seed: int | Sequence[int], count: int, first_index: int) -> list[tuple[int, int]]:
-    """(seed, index) of each image; an image with a seed of its own has index 0."""
-    if isinstance(seed, int):
-        return [(seed, first_index + i) for i in range(count)]
+    """Return (seed, index) of each image; an image with a seed of its own has index 0.
+
+    Raises:
+        InputError: another number of seeds, or one that is not a whole number in [0, 2^63): noise takes 64 bits.
+    """
+    if not hasattr(seed, "__len__"):
+        return [(_checked_seed(seed), first_index + i) for i in range(count)]
     if len(seed) != count:
         raise InputError(f"{len(seed)} seeds for {count} captions; give one, or one a caption")
-    return [(int(own), 0) for own in seed]
+    return [(_checked_seed(own), 0) for own in seed]
+
+
+def _checked_seed(seed: Any) -> int:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise InputError(f"seed {seed!r} is not a whole number in [0, 2^63)")
+    return number
 
 
 def fit_image(image: Image.Image | Tensor, size: int, stage: str) -> Tensor:

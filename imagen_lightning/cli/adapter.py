@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder
 
 
 def parser() -> Parser:
@@ -12,7 +12,7 @@ def parser() -> Parser:
         "which base they are for. `imagen-lightning cascade CASCADE --adapter FILE OUT` puts it on that base.",
     )
     made.add_argument("run", metavar="RUN", help="a run folder (its last checkpoint), or a .ckpt file")
-    made.add_argument("out", metavar="OUT", help="the folder to make; new or empty")
+    made.add_argument("out", type=folder, metavar="OUT", help="the folder to make; new or empty")
     made.add_argument(
         "--format",
         choices=("peft", "diffusers"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder, real
 from imagen_lightning.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def parser() -> Parser:
         help="in order, base first: .ckpt files, run folders (their last checkpoint), stages of other cascades "
         "(CASCADE#base), or whole cascade folders; adapters that a run trained are merged",
     )
-    made.add_argument("out", metavar="OUT", help="the folder to make; new or empty")
+    made.add_argument("out", type=folder, metavar="OUT", help="the folder to make; new or empty")
     made.add_argument(
         "--adapter",
         metavar="[STAGE=]FILE[@WEIGHT]",
@@ -42,7 +42,11 @@ def parser() -> Parser:
         help="give the pseudo-words of NAME.tokens.safetensors to the stages; may be given several times",
     )
     made.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of a file of weights (default %(default)g)"
+        "--max-shard-size",
+        type=real(1 / GB, 10**6),
+        default=5.0,
+        metavar="GB",
+        help="of a file of weights (default %(default)g)",
     )
     made.add_trust()
     return made
@@ -50,8 +54,6 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if not arguments.max_shard_size * GB >= 1:
-        raise InputError(f"--max-shard-size {arguments.max_shard_size:g} must be above 0")
     from imagen_lightning.cascade import Cascade
 
     cascade = Cascade.from_checkpoints(arguments.stages, trust=arguments.trust)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from imagen_lightning.cli.arguments import Parser, one_or_each
+from imagen_lightning.cli.arguments import NUM_IMAGES, Parser, folder, refuse_many, whole
 from imagen_lightning.errors import InputError, counted
+
+WHAT = "comparison"  # OUT holds
 
 
 def parser() -> Parser:
@@ -22,16 +23,13 @@ def parser() -> Parser:
     made.add_argument(
         "--prompts", required=True, metavar="FILE", help="partiprompts .tsv, drawbench .csv, geneval .jsonl, or lines"
     )
-    made.add_argument("--out", required=True, type=Path, metavar="DIR", help="new, or that of the same comparison")
-    made.add_argument("--num", type=int, metavar="N", help="prompts, evenly spaced (default: all)")
-    made.add_argument("--num-images", type=int, default=4, metavar="N", help="images of a prompt (default %(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of noise, order and sides (default 0)")
-    made.add_argument("--guidance", type=one_or_each(float), metavar="3,1", help="of both (default: each one's own)")
-    made.add_argument("--steps", type=one_or_each(int), metavar="25,15", help="of both (default: each one's own)")
-    made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
-    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
-    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
-    made.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    made.add_argument("--out", required=True, type=folder, metavar="DIR", help="new, or that of the same comparison")
+    made.add_argument("--num", type=NUM_IMAGES, metavar="N", help="prompts, evenly spaced (default: all)")
+    made.add_argument(
+        "--num-images", type=NUM_IMAGES, default=4, metavar="N", help="images of a prompt (default %(default)s)"
+    )
+    made.add_sampling("guidance", "steps", each=" of both (default: each one's own)")
+    made.add_argument("--port", type=whole(0, 65535), default=0, help="of the page (default: a free one)")
     made.add_argument("--result", action="store_true", help="only print the result of the votes so far")
     made.add_trust()
     return made
@@ -39,19 +37,26 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if min(arguments.num_images, arguments.batch_size) < 1 or (arguments.num is not None and arguments.num < 1):
-        raise InputError("--num, --num-images and --batch-size must be at least 1")
-    from imagen_lightning.evaluation.compare import VOTES, BallotServer
+    from imagen_lightning.evaluation.compare import PLAN, VOTES, BallotServer
     from imagen_lightning.evaluation.prompts import read_prompts
     from imagen_lightning.evaluation.votes import Ballot
-    from imagen_lightning.files import unwritable
+    from imagen_lightning.files import begin_folder, check_folder, unwritable
+    from imagen_lightning.io.locks import LOCK, locked
     from imagen_lightning.report.ballot_page import ballot_page
 
     prompts = read_prompts(arguments.prompts).first(arguments.num)
-    cascades = None if arguments.result else _load(arguments)
-    _begin(arguments.out, _plan(arguments, prompts.captions), start=cascades is not None)
-    ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
-    if cascades is not None:
+    refuse_many(len(prompts), arguments.num_images)
+    if arguments.result:  # whoever only reads votes needs no cascade any more, and may while another votes
+        if not (arguments.out / PLAN).exists():
+            raise InputError(f"--out {str(arguments.out)!r} holds no comparison yet; run without --result first")
+        check_folder(arguments.out, PLAN, _plan(arguments, prompts.captions), WHAT)
+        _tell(arguments, Ballot(arguments.out / VOTES, len(prompts), arguments.seed), prompts.rows())
+        return 0
+    cascades, plan = _load(arguments), _plan(arguments, prompts.captions)
+    check_folder(arguments.out, PLAN, plan, WHAT)  # before anything is written
+    with locked(arguments.out / LOCK, f"comparison {str(arguments.out)!r}"):
+        begin_folder(arguments.out, PLAN, plan, WHAT)
+        ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
         try:
             _draw(arguments, cascades, prompts.captions)
         except KeyboardInterrupt:
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> int:
                 server.serve_forever()
             except KeyboardInterrupt:
                 print(file=sys.stderr)
-    _tell(arguments, ballot, prompts.rows())
+        _tell(arguments, ballot, prompts.rows())
     return 0
 
 
@@ -78,21 +83,11 @@ def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
 
     names = ("a", "b", "num_images", "seed", "guidance", "steps", "precision")
     plan = {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
-    if not arguments.result:  # whoever only reads votes needs no cascade any more
+    if not arguments.result:
         from imagen_lightning.evaluation.identity import cascade_sha256
 
         plan |= {f"{name}_sha256": cascade_sha256(getattr(arguments, name)) for name in ("a", "b")}
     return plan
-
-
-def _begin(out: Path, plan: dict[str, Any], start: bool) -> None:
-    """Makes `out`, or checks that it holds this very comparison."""
-    from imagen_lightning.evaluation.compare import PLAN
-    from imagen_lightning.files import begin_folder
-
-    if not start and not (out / PLAN).exists():
-        raise InputError(f"--out {str(out)!r} holds no comparison yet; run without --result first")
-    begin_folder(out, PLAN, plan, "comparison")
 
 
 def _load(arguments: Any) -> dict[str, Any]:

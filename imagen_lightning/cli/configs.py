@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import read_text
+from imagen_lightning.io.yaml import MAX_BYTES, read_yaml
 
 
 def find_config(name: str) -> Path:
@@ -19,6 +19,8 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise InputError(f"configuration {name!r} is a folder; give a YAML file")
     shipped = Path(__file__).parent.parent / "experiments"
     inside = shipped.joinpath(*path.parts[1:]) if path.parts[:1] == ("experiments",) else shipped / path
     if not path.is_absolute() and inside.is_file():
@@ -30,12 +32,7 @@ def find_config(name: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML's keys; raises InputError where it has none or cannot be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"configuration {str(path)!r} is not valid YAML: {error}") from None
-    except OSError as error:
-        raise InputError(f"configuration {str(path)!r} cannot be read: {error.strerror}") from None
+    content = read_yaml(read_text(path, "configuration", MAX_BYTES), f"configuration {str(path)!r}")
     if not isinstance(content, dict):
         raise InputError(f"configuration {str(path)!r} holds no keys such as `model:`; experiments/ has examples")
     return content

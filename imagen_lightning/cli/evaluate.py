@@ -6,14 +6,28 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import (
+    FRACTION,
+    GUIDANCE,
+    MAX_IMAGES,
+    STEPS,
+    Parser,
+    folder,
+    several,
+    whole,
+)
 from imagen_lightning.errors import InputError, counted
 
-AXES = {"guidance": float, "steps": int, "sampler": str, "aug_level": float}
+AXES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "guidance": (GUIDANCE, "1,1.5,2"),
+    "steps": (STEPS, "10,25"),
+    "sampler": (str, "ddim,dpmpp"),
+    "aug_level": (FRACTION, "0,0.1"),
+}
 
 
 def parser() -> Parser:
@@ -34,33 +48,30 @@ def parser() -> Parser:
         "one a line",
     )
     made.add_argument(
-        "--num", type=int, metavar="N", help="samples, evenly spaced (default 200 of --data, all of --prompts)"
+        "--num",
+        type=whole(2, MAX_IMAGES),
+        metavar="N",
+        help="samples, evenly spaced (default 200 of --data, all of --prompts)",
     )
-    made.add_argument("--out", required=True, type=Path, metavar="DIR", help="new, or that of the same evaluation")
+    made.add_argument("--out", required=True, type=folder, metavar="DIR", help="new, or that of the same evaluation")
     made.add_argument(
         "--samples",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="where images are kept, and found where an evaluation with the same settings drew them (default "
         "OUT/samples)",
     )
-    for name, example in (
-        ("guidance", "1,1.5,2"),
-        ("steps", "10,25"),
-        ("sampler", "ddim,dpmpp"),
-        ("aug-level", "0,0.1"),
-    ):
+    for name, (kind, example) in AXES.items():
         made.add_argument(
-            f"--{name}",
+            f"--{name.replace('_', '-')}",
+            type=_values_of(kind),
             action="append",
             default=[],
             metavar=f"[STAGE=]{example}",
-            help=f"{name} to try, for all stages that take it or for one by name; may be given once a stage",
+            help=f"{name.replace('_', ' ')} to try, for all stages that take it or for one "
+            "by name; may be given once a stage",
         )
-    made.add_argument("--seed", type=int, default=0, help="of the sampling noise and the shapes (default 0)")
-    made.add_argument("--batch-size", type=int, default=50, metavar="N", help="images at a time (default %(default)s)")
-    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
-    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
+    made.add_sampling(batch_size=50)
     made.add_argument("--caption-field", metavar="NAME", help="the json field of the shards' captions")
     made.add_argument(
         "--inception",
@@ -86,23 +97,26 @@ def parser() -> Parser:
     return made
 
 
+def _values_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, list[Any]]]:
+    """Return the type of an axis: the stage ("" for all) and its values."""
+
+    def parse(text: str) -> tuple[str, list[Any]]:
+        stage, _, values = text.rpartition("=")
+        return stage, several(kind)(values)
+
+    return parse
+
+
 def axes_of(arguments: argparse.Namespace) -> dict[str, dict[str, Sequence[Any]]]:
     """Setting to stage ("" for all) to values."""
     found: dict[str, dict[str, Sequence[Any]]] = {}
-    for name, kind in AXES.items():
-        for text in getattr(arguments, name):
-            stage, _, values = text.rpartition("=")
-            option = f"--{name.replace('_', '-')}"
+    for name in AXES:
+        for stage, values in getattr(arguments, name):
             by_stage = found.setdefault(name, {})
             if stage in by_stage:
+                option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is given twice for {stage or 'all stages'}; join the values")
-            try:
-                by_stage[stage] = [kind(part.strip()) for part in values.split(",")]
-            except ValueError:
-                raise InputError(
-                    f"{option} {text!r}: give {kind.__name__} values with commas between them, after "
-                    "STAGE= for one stage"
-                ) from None
+            by_stage[stage] = values
     return found
 
 
@@ -125,11 +139,6 @@ def log_to_agent(out: Path) -> None:
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     axes = axes_of(arguments)
-    if arguments.num is not None and arguments.num < 2:
-        raise InputError(f"--num {arguments.num} must be at least 2")
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size} must be at least 1")
-
     from imagen_lightning.evaluation.run import Request, evaluate
 
     out = agent_folder(arguments.out)

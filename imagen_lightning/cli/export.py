@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder
 
 
 def parser() -> Parser:
@@ -11,7 +11,7 @@ def parser() -> Parser:
         description="Writes a cascade as pipelines that diffusers loads, one folder a stage, with model cards.",
     )
     made.add_argument("cascade", metavar="CASCADE", help="the cascade's folder")
-    made.add_argument("out", metavar="OUT", help="the folder to make; new or empty")
+    made.add_argument("out", type=folder, metavar="OUT", help="the folder to make; new or empty")
     made.add_argument("--format", required=True, choices=["diffusers"], help="IFPipeline and IFSuperResolutionPipeline")
     made.add_argument(
         "--text-encoder",

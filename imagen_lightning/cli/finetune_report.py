@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
-from typing import Any
 
-from imagen_lightning.cli.arguments import Parser, one_or_each
+from imagen_lightning.cli.arguments import MAX_IMAGES, Parser, file, folder, whole
 from imagen_lightning.errors import InputError
 
 
@@ -30,26 +28,26 @@ def parser() -> Parser:
     old.add_argument("--before-prompts", metavar="FILE", help="the same as captions alone, as `evaluate` takes them")
     made.add_argument("--prompts", metavar="FILE", help="further captions, to look at")
     made.add_argument(
-        "--out", required=True, type=Path, metavar="PAGE.html",
+        "--out", required=True, type=file, metavar="PAGE.html",
         help="the page; beside it PAGE.json, and the folder PAGE with all images and numbers",
     )  # fmt: skip
-    made.add_argument("--samples", type=Path, metavar="DIR", help="where drawn images are kept (default PAGE/samples)")
-    made.add_argument("--num", type=int, default=200, metavar="N", help="samples of --data (default %(default)s)")
     made.add_argument(
-        "--num-before", type=int, metavar="N", help="of --before-data or --before-prompts (default --num)"
+        "--samples", type=folder, metavar="DIR", help="where drawn images are kept (default PAGE/samples)"
+    )
+    two_or_more = whole(2, MAX_IMAGES)
+    made.add_argument(
+        "--num", type=two_or_more, default=200, metavar="N", help="samples of --data (default %(default)s)"
+    )
+    made.add_argument(
+        "--num-before", type=two_or_more, metavar="N", help="of --before-data or --before-prompts (default --num)"
     )
     made.add_argument(
         "--num-train",
-        type=int,
+        type=whole(2, 100 * MAX_IMAGES),
         metavar="N",
         help="training images to look among (default: 20,000 of shards, evenly spaced; 50 of shapes:SUBJECT)",
     )
-    made.add_argument("--guidance", type=one_or_each(float), metavar="3,1", help="of both (default: each one's own)")
-    made.add_argument("--steps", type=one_or_each(int), metavar="25,15", help="of both (default: each one's own)")
-    made.add_argument("--seed", type=int, default=0, help="of the noise and the shapes (default 0)")
-    made.add_argument("--batch-size", type=int, default=50, metavar="N", help="images at a time (default %(default)s)")
-    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
-    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
+    made.add_sampling("guidance", "steps", batch_size=50, each=" of both (default: each one's own)")
     made.add_argument("--caption-field", metavar="NAME", help="the json field of captions in --data and --train")
     made.add_argument("--before-caption-field", metavar="NAME", help="the same in --before-data")
     made.add_argument(
@@ -75,7 +73,9 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    _check(arguments)
+    if arguments.out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {str(arguments.out)!r} is the page and must end in .html")
+    from imagen_lightning.cascade.cascade import check_device
     from imagen_lightning.finetuning.evidence import EvidenceRequest, gather, with_runs
     from imagen_lightning.finetuning.evidence_schema import save
     from imagen_lightning.report.finetuning import build
@@ -84,6 +84,8 @@ def main(argv: list[str]) -> int:
     from imagen_lightning.report.runs import Problems
 
     refuse_other(arguments.out)
+    if arguments.device is not None:
+        check_device(arguments.device)
     problems = Problems()
     runs = [run_cost(folder, problems) for folder in arguments.run] + adapter_files(arguments.adapter)
     own = ("out", "run", "adapter", "features", "trust")
@@ -115,13 +117,3 @@ def main(argv: list[str]) -> int:
         print(f"copying: {evidence.copying['sentence']}.")
     print(f"Wrote {arguments.out} ({size / 2**20:.1f} MiB); open it in a browser")
     return 0
-
-
-def _check(arguments: Any) -> None:
-    if arguments.out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out {str(arguments.out)!r} is the page and must end in .html")
-    counts = {"num": 2, "num_before": 2, "num_train": 2, "batch_size": 1}
-    for name, least in counts.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {least}")

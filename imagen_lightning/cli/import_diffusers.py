@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder, whole
 
 
 def parser() -> Parser:
@@ -13,7 +13,7 @@ def parser() -> Parser:
         metavar="PIPELINE",
         help="stage I and stages II in order, or either alone: folders that diffusers saved, or names on the hub",
     )
-    made.add_argument("out", metavar="OUT", help="the folder to make; new or empty")
+    made.add_argument("out", type=folder, metavar="OUT", help="the folder to make; new or empty")
     made.add_argument(
         "--dtype", metavar="TYPE", help="cast weights to float32, bfloat16 or float16 (default: as stored)"
     )
@@ -33,7 +33,7 @@ def parser() -> Parser:
     made.add_argument(
         "--low-res-size",
         metavar="PX",
-        type=int,
+        type=whole(1, 2**14),
         help="side of the images that stage II takes where it comes first (default: a quarter of its own)",
     )
     return made

@@ -1,7 +1,9 @@
-"""Finds the verb, runs it, and turns what the user can mend into one line and exit code 2."""
+"""Find the command and run it; whatever the user can fix ends with one line and exit code 2."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import difflib
 import importlib
 import os
@@ -33,6 +35,9 @@ VERBS = {
     "shards": ("shards", "make webdataset shards of captioned images"),
 }
 
+# What the commands print, for terminals that lack it.
+_ASCII = {"…": "...", "–": "-", "—": "-", "×": "x", "±": "+-", "≥": ">=", "≤": "<=", "“": '"', "”": '"', "’": "'"}
+
 
 def usage() -> str:
     width = max(map(len, VERBS))
@@ -46,23 +51,33 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `argv` (default: the process's arguments) and returns the exit code."""
+    """Run `argv` (default: the process's arguments) and return the exit code."""
+    _prepare_streams()
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()
-    except InputError as error:
-        return _refuse(str(error))
+            _flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output (a pager, head) has gone; Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output (a pager, head) has gone
+        _discard_output()
         return 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        return _refuse(line)
 
 
 def _run(argv: list[str]) -> int:
+    for argument in argv:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
+            raise InputError(f"argument {argument!a} is not UTF-8; write it, or rename the file, in UTF-8") from None
+        if "\0" in argument:
+            raise InputError(f"argument {argument!a} holds a null character; drop it")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -79,10 +94,75 @@ def _run(argv: list[str]) -> int:
     return module.main(argv if name == "fit" else rest)
 
 
+# ---- errors
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the line on an error that comes from the input or the machine; None for one that is a bug."""
+    if isinstance(error, InputError):
+        # A loader's process puts its traceback in front.
+        return str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]
+    if isinstance(error, OSError):
+        from imagen_lightning.files import explain_os_error
+
+        return explain_os_error(error)
+    if isinstance(error, UnicodeError):
+        return f"a text is not UTF-8: {error}; save it as UTF-8"
+    if type(error).__name__ == "SafetensorError":  # by name, as torch's below: libraries that may not be imported yet
+        return f"a file of weights cannot be read or written: {_first_line(error)}"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply; give one with fewer levels of lists and mappings"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return f"too little memory ({_first_line(error) or 'of this process'}); make less at a time or choose less"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _refuse(message: str) -> int:
-    message = message.rpartition(f"{InputError.__module__}.InputError: ")[2]  # a loader's process adds its traceback
-    print(f"imagen-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(message.split()))
+    with contextlib.suppress(OSError):  # a closed or full stderr: the exit code says it
+        print(f"imagen-lightning: error: {line}", file=sys.stderr)
     return 2
+
+
+# ---- streams
+
+
+def _prepare_streams() -> None:
+    """Let no text fail for the terminal's encoding, and give closed streams (`>&-`) a place to write to."""
+    codecs.register_error("imagen_lightning", _replace)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (as long as the process)
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="imagen_lightning")
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write a character that an encoding lacks in ASCII, or as its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(sign, ascii(sign)[1:-1]) for sign in text), error.end
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _discard_output() -> None:
+    """Send what is still to be printed nowhere; Python would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder, real, whole
 from imagen_lightning.errors import InputError
-from imagen_lightning.files import write_json
+from imagen_lightning.files import read_json, write_json
+from imagen_lightning.io.locks import LOCK, is_lock, locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,30 +44,37 @@ CLOSING_SECONDS = 60.0  # the part of that which follows the last stage's traini
 
 def parser() -> Parser:
     made = Parser("quickstart", description="Trains a small cascade on built-in captioned shapes and samples it.")
-    made.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
-    made.add_argument("--minutes", type=float, default=15.0, help="time to keep to, after installation (default 15)")
-    made.add_argument("--seed", type=int, default=0, help="of training and sampling (default 0)")
+    made.add_argument("--out", type=folder, default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
+    made.add_argument(
+        "--minutes", type=real(3, 7 * 24 * 60), default=15.0, help="time to keep to, after installation (default 15)"
+    )
+    made.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of training and sampling (default 0)")
     return made
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.minutes * 60 <= OVERHEAD_SECONDS:
-        raise InputError(f"--minutes {arguments.minutes} is too short; give at least {OVERHEAD_SECONDS / 60 + 1:.0f}")
-    out = Path(arguments.out)
+    out = arguments.out
+    _read_plan(out, arguments.seed)  # what is refused leaves nothing
+    with locked(out / LOCK, f"quickstart {str(out)!r}", advice="wait for its end, or choose another --out"):
+        return _run_stages(out, arguments.minutes, arguments.seed)
+
+
+def _run_stages(out: Path, minutes: float, seed: int) -> int:
     start = time.monotonic()
-    plan = _read_plan(out, arguments.seed)
+    plan = _read_plan(out, seed)
     if plan is None:
-        plan = _make_plan(arguments.minutes * 60, arguments.seed)
-        out.mkdir(parents=True, exist_ok=True)
+        plan = _make_plan(minutes * 60, seed)
         write_json(out / PLAN, plan)
+    else:
+        print(f"resuming the quickstart in {out}")
     for stage in STAGES:
         steps = plan["steps"][stage]
         if (out / stage / "checkpoints" / f"step-{steps}.ckpt").exists():
             print(f"{stage}: trained already ({steps} steps)")
             continue
         if stage == STAGES[-1] and not (out / stage).exists():
-            steps = _fitting(plan, stage, arguments.minutes * 60 - (time.monotonic() - start) - CLOSING_SECONDS)
+            steps = _fitting(plan, stage, minutes * 60 - (time.monotonic() - start) - CLOSING_SECONDS)
             write_json(out / PLAN, plan)
         _say(start, f"training {stage}: {steps} steps")
         _run(
@@ -106,18 +114,24 @@ def main(argv: list[str]) -> int:
 def _read_plan(out: Path, seed: int) -> dict[str, Any] | None:
     path = out / PLAN
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not all(map(is_lock, out.iterdir())):
             raise InputError(f"{out} is not empty and holds no quickstart; choose another --out")
         return None
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        found = int(plan["seed"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} cannot be read; delete {out} to begin anew") from None
-    if found != seed:
-        raise InputError(f"{out} was begun with --seed {found}, not {seed}; choose another --out")
-    print(f"going on with the quickstart in {out}")
+    plan = read_json(path, "plan")
+    if not _is_plan(plan):
+        raise InputError(f"plan {str(path)!r} is damaged; delete {out} to begin anew")
+    if plan["seed"] != seed:
+        raise InputError(f"{out} was begun with --seed {plan['seed']}, not {seed}; choose another --out")
     return plan
+
+
+def _is_plan(plan: Any) -> bool:
+    kinds = {"steps": int, "precision": str, "step_seconds": float}
+    try:
+        known = [isinstance(plan[key][stage], kind) for key, kind in kinds.items() for stage in STAGES]
+        return all(known) and isinstance(plan["seed"], int)
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
 def _make_plan(seconds: float, seed: int) -> dict[str, Any]:

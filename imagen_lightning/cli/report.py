@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from imagen_lightning.cli.arguments import Parser
-from imagen_lightning.errors import InputError, counted
+from imagen_lightning.cli.arguments import Parser, file, real
+from imagen_lightning.errors import counted
 
 
 def parser() -> Parser:
@@ -21,17 +21,19 @@ def parser() -> Parser:
         metavar="RUN_OR_EVAL",
         help="sweeps, run folders, evaluations, folders of samples, or folders that hold such",
     )
-    made.add_argument("--out", default="report.html", metavar="FILE", help="the page (default report.html)")
+    made.add_argument("--out", type=file, default="report.html", metavar="FILE", help="the page (default report.html)")
     made.add_argument(
-        "--megabytes", type=float, default=24.0, metavar="N", help="what pictures of samples may take (default 24)"
+        "--megabytes",
+        type=real(0, 10_000, open_low=True),
+        default=24.0,
+        metavar="N",
+        help="what pictures of samples may take (default 24)",
     )
     return made
 
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    if not arguments.megabytes > 0:
-        raise InputError(f"--megabytes {arguments.megabytes} must be above 0")
     write(arguments.folders, arguments.out, int(arguments.megabytes * 2**20))
     return 0
 

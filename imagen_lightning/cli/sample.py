@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from contextlib import ExitStack
 from itertools import count
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagen_lightning import __version__
-from imagen_lightning.cli.arguments import Parser, one_or_each
+from imagen_lightning.cli.arguments import NUM_IMAGES, Parser, captions_of, folder, refuse_many
 from imagen_lightning.errors import InputError, counted
-from imagen_lightning.io.lines import lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,23 +29,12 @@ def parser() -> Parser:
     made = Parser("sample", description="Draws pictures from a cascade folder.")
     made.add_argument("cascade", metavar="FOLDER", help="a cascade folder")
     made.add_argument("--prompt", metavar="CAPTION", action="append", default=[], help="may be given several times")
-    made.add_argument("--prompts", metavar="FILE", help="UTF-8 text, one caption a line; blank lines are skipped")
-    made.add_argument("--num-images", type=int, default=1, metavar="N", help="images a caption (default 1)")
-    made.add_argument("--seed", type=int, default=0, help="image i's noise depends on the seed and i alone (default 0)")
-    each = "; one value, or one a stage as in %(metavar)s (default: the cascade's)"
-    made.add_argument("--guidance", type=one_or_each(float), metavar="3,1", help=f"guidance weight, 1 for none{each}")
-    made.add_argument("--steps", type=one_or_each(int), metavar="25,15", help=f"sampling steps{each}")
-    made.add_argument("--sampler", type=one_or_each(str), metavar="dpmpp,ddim", help=f"ddpm, ddim, dpmpp …{each}")
     made.add_argument(
-        "--aug-level",
-        type=one_or_each(float),
-        metavar="0,0.1",
-        help=f"noise on the low-resolution image, in [0, 1]{each}",
+        "--prompts", metavar="FILE", help="captions, one a line; or a .csv, .tsv or .jsonl with a prompt column"
     )
+    made.add_argument("--num-images", type=NUM_IMAGES, default=1, metavar="N", help="images a caption (default 1)")
+    made.add_sampling("guidance", "steps", "sampler", "aug-level")
     made.add_argument("--negative-prompt", metavar="CAPTION", help="what to steer away from, where guidance is not 1")
-    made.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
-    made.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
-    made.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the networks (default 32)")
     made.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -61,6 +48,7 @@ def parser() -> Parser:
     )
     made.add_argument(
         "--out",
+        type=folder,
         metavar="DIR",
         help="folder for 00000.png …, grid.png, samples.json (default: the first of samples/0001 … that is not there)",
     )
@@ -70,13 +58,10 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    out = Path(arguments.out) if arguments.out is not None else _free_folder()
+    out = arguments.out or _free_folder()
     _refuse_used(out)
-    if arguments.num_images < 1:
-        raise InputError(f"--num-images {arguments.num_images} must be at least 1")
-    prompts = _prompts(arguments.prompt, arguments.prompts)
-    if not _is_unicode(arguments.negative_prompt or ""):
-        raise InputError(f"--negative-prompt {arguments.negative_prompt!a} is not UTF-8; write it in UTF-8")
+    prompts = captions_of(arguments.prompt, arguments.prompts, missing=None)
+    refuse_many(len(prompts), arguments.num_images)
     low_res = _read_picture(arguments.low_res) if arguments.low_res is not None else None
 
     import torch
@@ -145,42 +130,10 @@ def _free_folder() -> Path:
 
 
 def _refuse_used(out: Path) -> None:
-    """Raises InputError where `out` holds samples or cannot be written, before time is spent on sampling."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {str(out)!r} cannot be written: {str(there)!r} is no folder, or not yours to write")
+    """Raise InputError where `out` holds samples, before time is spent on sampling."""
     used = sorted([*out.glob(RECORD), *out.glob("*.png")])
     if used:
         raise InputError(f"--out {str(out)!r} holds earlier samples ({used[0].name}); give another folder")
-
-
-def _prompts(given: list[str], file: str | None) -> list[str]:
-    """The captions of the options and then of the file."""
-    for number, prompt in enumerate(given, 1):
-        if not prompt.strip():
-            raise InputError(f"--prompt number {number} is empty; give a caption")
-        if not _is_unicode(prompt):
-            raise InputError(f"--prompt number {number} {prompt!a} is not UTF-8; write it in UTF-8")
-    if file is None:
-        return given
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {file!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"--prompts {file!r} cannot be read: {error.strerror}") from error
-    read = [line.strip() for line in lines(text) if line.strip()]
-    if not read:
-        raise InputError(f"--prompts {file!r} holds no caption; write one a line")
-    return [*given, *read]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
-        return False
-    return True
 
 
 def _read_picture(file: str) -> Image.Image:

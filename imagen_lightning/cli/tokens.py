@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, file
 from imagen_lightning.errors import InputError, counted
 
 
@@ -11,7 +11,7 @@ def parser() -> Parser:
     made.add_argument(
         "source", metavar="RUN", help="a run folder (its last checkpoint), a .ckpt file, or CASCADE#stage"
     )
-    made.add_argument("out", metavar="OUT.tokens.safetensors", help="the file to make")
+    made.add_argument("out", type=file, metavar="OUT.tokens.safetensors", help="the file to make")
     made.add_argument(
         "--word",
         metavar="WORD",

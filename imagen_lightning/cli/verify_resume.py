@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import SEED, WORKERS, Parser, folder, several, whole
 from imagen_lightning.errors import InputError, counted
+from imagen_lightning.io.locks import LOCK, is_lock, locked
 
 if TYPE_CHECKING:
     from imagen_lightning.callbacks.history import StepSamples
@@ -107,26 +108,34 @@ def compare_histories(first: Sequence[StepSamples], second: Sequence[StepSamples
 
 def main(argv: list[str]) -> int:
     """Runs `imagen-lightning verify-resume` with the arguments after that and returns the exit code."""
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
     if own := [item for item in rest if item.split("=")[0] in ("--run", "--resume")]:
         raise InputError(f"verify-resume makes runs of its own; drop {own[0]}")
-    if arguments.kills < 1 or arguments.steps < 4:
-        raise InputError(f"--kills {arguments.kills} must be at least 1 and --steps {arguments.steps} at least 4")
+    if arguments.out:
+        _refuse_filled(arguments.out)
+    warmup = _shorter_warmup(arguments.config, arguments.steps)
     out = arguments.out or Path(tempfile.mkdtemp(prefix="verify-resume-"))
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
+    with locked(out / LOCK, f"folder {str(out)!r}", advice="choose another --out"):
+        _refuse_filled(out)
+        return _verify(Verification(arguments, [*warmup, *rest], out))
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.exists() and not all(map(is_lock, out.iterdir())):
         raise InputError(f"{out} is not empty; choose another --out")
-    verification = Verification(arguments, rest, out)
+
+
+def _verify(verification: Verification) -> int:
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # `fit` must not outlive this
     try:
         equal = verification.run()
     finally:
         verification.stop()
         signal.signal(signal.SIGTERM, before)
-    if not equal or arguments.out:
-        print(f"\nthe runs are in {out}")
+    if not equal or verification.arguments.out:
+        print(f"\nthe runs are in {verification.out}")
     else:
-        shutil.rmtree(out)
+        shutil.rmtree(verification.out)
     return 0 if equal else 1
 
 
@@ -143,7 +152,6 @@ class Verification:
             *("--trainer.max_steps", str(steps), "--checkpoint.every_n_steps", str(max(1, steps // 10))),
             *("--trainer.val_check_interval", str(max(1, steps // 4)), "--trainer.limit_val_batches", "2"),
             *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
-            *_shorter_warmup(arguments.config, steps),
             *(("--trainer.deterministic", "true") if arguments.deterministic else ()),
             *fit_options,
         ]
@@ -256,40 +264,35 @@ def _shorter_warmup(configs: Sequence[str], steps: int) -> list[str]:
     return ["--model.init_args.optimization.warmup_steps", str(steps // 2)]
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several with commas") from None
-
-
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         "verify-resume",
         description="Trains a shortened run twice on this machine, once uninterrupted and once killed at random "
         "moments and resumed, and compares weights, average, optimizer, metrics and samples seen to the bit.",
         epilog="All other options are those of `fit`, e.g. --data.init_args.batch_size 8.",
     )
-    parser.add_argument("-c", "--config", action="append", required=True, metavar="YAML", help="as for fit; may repeat")
-    parser.add_argument("--kills", type=int, default=5, metavar="N", help="kills with SIGKILL (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps (%(default)s)")
-    parser.add_argument(
+    made.add_argument("-c", "--config", action="append", required=True, metavar="YAML", help="as for fit; may repeat")
+    made.add_argument("--kills", type=whole(1, 1000), default=5, metavar="N", help="kills with SIGKILL (%(default)s)")
+    made.add_argument(
+        "--steps", type=whole(4, 1_000_000), default=40, metavar="N", help="optimizer steps (%(default)s)"
+    )
+    made.add_argument(
         "--workers",
-        type=_numbers,
+        type=several(WORKERS),
         default=[],
         metavar="N,…",
         help="loader workers; of several numbers each restart takes the next one (by default as configured)",
     )
-    parser.add_argument(
+    made.add_argument(
         "--processes",
-        type=_numbers,
+        type=several(whole(1, 1024)),
         default=[1],
         metavar="N,…",
         help="training processes, likewise; where their number changes losses are compared to 1e-6 (1)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (%(default)s)")
-    parser.add_argument("--deterministic", action="store_true", help="let PyTorch use deterministic kernels only")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep the runs in this folder (by default they go when all is equal)"
+    made.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the random moments (%(default)s)")
+    made.add_argument("--deterministic", action="store_true", help="let PyTorch use deterministic kernels only")
+    made.add_argument(
+        "--out", type=folder, metavar="DIR", help="keep the runs in this folder (by default they go when all is equal)"
     )
-    return parser
+    return made

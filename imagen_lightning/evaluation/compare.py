@@ -64,7 +64,26 @@ class BallotServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: BallotServer
 
+    timeout = 60  # seconds that a request may stand still
+
     def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._vote)
+
+    def _answer(self, method: Callable[[], None]) -> None:
+        """Answer a request; whatever it holds, the server goes on and the terminal stays quiet."""
+        try:
+            method()
+        except ConnectionError:  # the browser has gone
+            self.close_connection = True
+        except (ValueError, TypeError, KeyError, RecursionError) as error:  # InputError is a ValueError
+            self._send(HTTPStatus.BAD_REQUEST, str(error).encode(errors="replace"), "text/plain; charset=utf-8")
+        except OSError as error:
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode(), "text/plain; charset=utf-8")
+
+    def _get(self) -> None:
         path = urlsplit(self.path).path
         if not self._is_local():
             self._send(HTTPStatus.FORBIDDEN, b"", "text/plain")
@@ -75,22 +94,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._image(path)
 
-    def do_POST(self) -> None:
+    def _vote(self) -> None:
         length = self.headers.get("Content-Length", "")
         wanted = self.path == "/vote" and self.headers.get_content_type() == "application/json"
         if not (wanted and self._is_local() and length.isdecimal() and int(length) <= _LARGEST_BODY):
-            self._send(HTTPStatus.BAD_REQUEST, b"this is no vote", "text/plain")
-            return
-        try:
-            vote = json.loads(self.rfile.read(int(length)))
-            with self.server.lock:
-                self.server.ballot.cast(int(vote["prompt"]), str(vote["question"]), str(vote["side"]))
-        except (ValueError, TypeError, KeyError) as error:  # InputError is a ValueError
-            self._send(HTTPStatus.BAD_REQUEST, str(error).encode(), "text/plain; charset=utf-8")
-        except OSError as error:
-            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode(), "text/plain; charset=utf-8")
-        else:
-            self._json({"saved": True})
+            raise ValueError("this is not a vote")
+        vote = json.loads(self.rfile.read(int(length)))
+        if type(vote["prompt"]) is not int:
+            raise ValueError("this is not a vote: its prompt is not a whole number")
+        with self.server.lock:
+            self.server.ballot.cast(vote["prompt"], str(vote["question"]), str(vote["side"]))
+        self._json({"saved": True})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: the terminal is for the person."""
@@ -115,11 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _image(self, path: str) -> None:
         parts = path.removesuffix(".png").split("/")
         valid = len(parts) == 5 and parts[1] == "image" and parts[3] in ("left", "right")
-        if not (valid and parts[2].isdecimal() and parts[4].isdecimal() and int(parts[2]) < len(self.server.prompts)):
+        prompt, number = (int(parts[place]) for place in (2, 4)) if valid else (-1, -1)
+        if not (0 <= prompt < len(self.server.prompts) and 0 <= number < self.server.num_images):
             self._send(HTTPStatus.NOT_FOUND, b"", "text/plain")
             return
-        cascade = self.server.ballot.shown(int(parts[2]), parts[3])
-        file = image_path(self.server.folder, cascade, int(parts[2]), int(parts[4]))
+        cascade = self.server.ballot.shown(prompt, parts[3])
+        file = image_path(self.server.folder, cascade, prompt, number)
         if file.is_file():
             self._send(HTTPStatus.OK, file.read_bytes(), "image/png")
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import read_text
 from imagen_lightning.io.lines import lines
 
 _PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
@@ -61,12 +62,7 @@ def read_prompts(path: str | Path) -> PromptSet:
             prompt, or no prompt at all. Blank lines are no rows.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"--prompts {str(path)!r} cannot be read: {error.strerror}") from None
+    text = read_text(path, "--prompts")
     kind = path.suffix.lower()
     if kind in (".tsv", ".csv"):
         pairs = _table(text, "\t" if kind == ".tsv" else ",", path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import read_text
 from imagen_lightning.metrics.confidence import wilson
 
 QUESTIONS = {
@@ -97,17 +98,21 @@ class Ballot:
         return all((prompt, question) in self.votes for question in QUESTIONS)
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(self.path, "votes").split("\n")
         if lines[-1]:  # cut off: the next vote begins a new line
             with self.path.open("r+", encoding="utf-8") as file:
                 file.truncate(len("\n".join([*lines[:-1], ""]).encode()))
         for number, line in enumerate(lines[:-1], 1):
             try:
                 vote = Vote(**json.loads(line))
-            except (ValueError, TypeError):
-                vote = None
-            if vote is None or vote.prompt not in range(self.num_prompts) or vote.question not in QUESTIONS:
-                raise InputError(f"{self.path}, line {number}, is no vote of this comparison; mend or remove the file")
+                valid = type(vote.prompt) is int and 0 <= vote.prompt < self.num_prompts
+                valid = valid and vote.question in QUESTIONS and vote.choice in ("a", "b", "tie")
+            except (ValueError, TypeError, RecursionError):
+                valid = False
+            if not valid:
+                raise InputError(
+                    f"{self.path}, line {number}, is not a vote of this comparison; fix or remove the file"
+                )
             self.votes[vote.prompt, vote.question] = vote
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from imagen_lightning.cascade.local import first_line
+from imagen_lightning.files import read_text
+from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.text.hub import first_sentence, reach_hub
 from imagen_lightning.types import InputError
 
@@ -212,12 +213,9 @@ def read_licence(folder: Path) -> dict[str, str]:
     """What a model card's header and a LICENSE file say of the licence: licence, licence_link, licence_text."""
     found: dict[str, str] = {}
     card = folder / "README.md"
-    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    header = re.match(r"---\n(.*?)\n---", read_text(card, "model card"), re.DOTALL) if card.is_file() else None
     if header:
-        try:
-            said = yaml.safe_load(header[1])
-        except yaml.YAMLError as error:
-            raise InputError(f"the header of {str(card)!r} is no YAML ({first_line(error)}); mend it") from error
+        said = read_yaml(header[1], f"the header of {str(card)!r}")
         said = said if isinstance(said, dict) else {}
         name = said.get("license_name") if said.get("license") in (None, "other") else None
         licences = name or said.get("license")

@@ -113,7 +113,10 @@ def save(adapter: Adapter, folder: str | Path, format: str = "peft") -> None:
     with whole_folder(folder) as partial:
         for name, tensors in files.tensors.items():
             plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            save_file(plain, partial / name, {"format": "pt", **header, **files.header})
+            try:
+                save_file(plain, partial / name, {"format": "pt", **header, **files.header})
+            except SafetensorError as error:  # a full disk
+                raise InputError(f"adapter {str(folder)!r} cannot be written: {first_line(error)}") from None
             (partial / name).chmod(0o644)  # safetensors writes for us alone
         for name, content in files.json.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

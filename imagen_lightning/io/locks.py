@@ -18,6 +18,13 @@ from filelock import FileLock, Timeout
 from imagen_lightning.errors import InputError
 from imagen_lightning.io.atomic import write_text
 
+LOCK = ".lock"  # of a folder
+
+
+def is_lock(path: Path) -> bool:
+    """Return whether this file is a folder's lock, or says who holds it: nothing that fills the folder."""
+    return path.name.startswith((LOCK, f".{LOCK}"))
+
 
 @contextlib.contextmanager
 def locked(path: Path, what: str, *, wait: bool = False, advice: str = "wait for its end") -> Iterator[None]:

@@ -62,9 +62,14 @@ class Advice:
     plan: Plan
 
 
+def room(memory: float) -> float:
+    """Return the bytes of a GPU's memory that an estimate may take, which leaves room for what no estimate sees."""
+    return (memory - FIXED) / ROOM
+
+
 def fits(peak: int, memory: float) -> bool:
-    """Whether a peak leaves room for what no estimate sees."""
-    return ROOM * peak + FIXED <= memory
+    """Return whether a peak fits."""
+    return peak <= room(memory)
 
 
 def cheapest(

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 
 from imagen_lightning.catalog import is_of_weights
+from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.metrics.protocol import Value
-from imagen_lightning.report.differences import flatten
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
 
 CONFIG, INFO, METRICS, SKIPPED = "config.yaml", "run.json", "metrics.csv", "skipped.jsonl"
 FAILURES = "failures.jsonl"
 VALUES, VERDICT = "values.jsonl", "verdict.json"
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _T = TypeVar("_T")
 
 
@@ -132,7 +130,7 @@ def _read(path: Path, parse: Callable[[str], _T], problems: Problems) -> _T | No
         return None
     except OSError as error:
         problems.add(path, f"cannot be read: {error.strerror}")
-    except (ValueError, yaml.YAMLError, RecursionError):
+    except (ValueError, RecursionError):
         problems.add(path, "is broken or half-written, and left out")
     return None
 
@@ -148,9 +146,7 @@ def _mapping_of(parse: Callable[[str], Any]) -> Callable[[str], dict[str, Any]]:
 
 
 def _configuration(text: str) -> dict[str, Any]:
-    config = _mapping_of(lambda content: yaml.load(content, _SafeLoader))(text)
-    flatten(config)  # refuses one that YAML's aliases make endless
-    return config
+    return _mapping_of(lambda content: read_yaml(content, CONFIG))(text)
 
 
 def _verdict(text: str) -> list[str]:

@@ -100,7 +100,10 @@ def _discover(path: Path, problems: Problems) -> Iterable[Path]:
     if not path.exists():
         problems.add(path, "does not exist")
         return []
-    top = Path(os.path.abspath(path if path.is_dir() else path.parent))
+    if not path.is_dir():
+        problems.add(path, "is a file; give the folder that holds it")
+        return []
+    top = Path(os.path.abspath(path))
     found = []
     for folder, below, files in os.walk(top):
         place = Path(folder)

@@ -84,7 +84,7 @@ def test_a_cascade_that_was_trained_on_is_another(cascades, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num", "0"], "at least 1"),
+        (["--num", "0"], "argument --num: '0' is outside"),
         (["--result"], "holds no comparison yet"),
         (["--prompts", "nowhere.csv"], "nowhere.csv"),
     ],

@@ -265,7 +265,7 @@ def test_runs_and_adapters_tell_the_cost(pair):
     ("arguments", "words"),
     [
         (("--data", "shapes", "--out", "page"), "must end in .html"),
-        (("--data", "shapes", "--num", "1", "--out", "page.html"), "--num 1 must be at least 2"),
+        (("--data", "shapes", "--num", "1", "--out", "page.html"), "argument --num: '1' is outside [2, 1000000]"),
         (("--data", "nowhere.tar", "--out", "page.html"), "match no file"),
         (("--data", "shapes", "--train", "shapes", "--out", "page.html"), "drawn without end"),
         (("--data", "shapes", "--num", "4", "--train", "shapes:hourglass", "--out", "page.html"), "at least 20"),

@@ -115,8 +115,9 @@ def test_a_real_step_stands_beside_the_estimate(stage, capsys):
     [
         ([], "which stage?"),
         (["no.yaml"], "'no.yaml' does not exist"),
-        (["stage.yaml", "--memory", "24"], "'24' is no amount"),
-        (["stage.yaml", "--tokens", "0"], "tokens 0 must be at least 1"),
+        (["stage.yaml", "--memory", "24"], "'24' is not an amount"),
+        (["stage.yaml", "--memory", "200MB"], "--memory 200 MB is no more than the 1.00 GB that a GPU's context"),
+        (["stage.yaml", "--tokens", "0"], "argument --tokens: '0' is outside [1, 100000]"),
         (["stage.yaml", "--trainer.devices=3"], "batch_size 4 is not a multiple of the 3 processes"),
         (["stage.yaml", "--json", "stage.yaml"], "stage.yaml exists"),
     ],

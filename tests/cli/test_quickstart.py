@@ -106,5 +106,5 @@ def test_refuses_a_folder_of_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds no quickstart"):
         quickstart.main(["--out", str(tmp_path)])
-    with pytest.raises(InputError, match="too short"):
+    with pytest.raises(InputError, match="'1' is outside"):
         quickstart.main(["--out", str(tmp_path / "new"), "--minutes", "1"])

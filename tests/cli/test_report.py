@@ -57,5 +57,5 @@ def test_what_is_refused(run, tmp_path, capsys):
     (tmp_path / "notes.html").write_text("mine")
     assert "is no page of imagen-lightning" in refused(capsys, run, "--out", tmp_path / "notes.html")
     assert (tmp_path / "notes.html").read_text() == "mine"
-    assert "--megabytes 0.0" in refused(capsys, run, "--megabytes", "0")
+    assert "argument --megabytes: '0' is outside (0, 10000]" in refused(capsys, run, "--megabytes", "0")
     assert "RUN_OR_EVAL" in refused(capsys)

@@ -206,8 +206,8 @@ def test_arguments_are_refused_with_their_mend(tmp_path, capsys, monkeypatch):
     bad = [
         ([tmp_path / "none", out, "--encoder", "tiny"], "match no file"),
         ([shards, tmp_path / "more", out, "--encoder", "tiny"], "several shards are called 'train-000'"),
-        ([shards, out, "--encoder", "tiny", "--batch-size", 0], "batch size 0 must be at least 1"),
-        ([shards, out, "--encoder", "tiny", "--length", 0], "max_tokens of at least 1"),
+        ([shards, out, "--encoder", "tiny", "--batch-size", 0], "argument --batch-size: '0' is outside [1, 1000000]"),
+        ([shards, out, "--encoder", "tiny", "--length", 0], "argument --length: '0' is outside [1, 100000]"),
         ([shards, out, "--encoder", "tiny", "--revision", "x"], "--revision: the encoder 'tiny' has no such setting"),
         ([shards, out, "--encoder", "/no/such/folder"], "'/no/such/folder' does not exist"),
         ([shards, out, "--encoder", "tiny", "--device", "abacus"], "device 'abacus' cannot be used here"),

@@ -146,8 +146,8 @@ def test_what_cannot_be_verified_is_one_line(folder, capsys):
     Path("full/file").touch()
     for more, words in (
         (["--run", "here"], "makes runs of its own; drop --run"),
-        (["--kills", "0"], "--kills 0 must be at least 1"),
-        (["--workers", "two"], "'two' is no number"),
+        (["--kills", "0"], "argument --kills: '0' is outside [1, 1000]"),
+        (["--workers", "two"], "'two' is not a whole number"),
         (["--out", "full"], "full is not empty"),
     ):
         assert main(["verify-resume", "--config", "stage.yaml", *more]) == 2

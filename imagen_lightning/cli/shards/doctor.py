@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import WORKERS, Parser, file, folder
 from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.errors import InputError
 
@@ -59,11 +59,11 @@ def parser() -> Parser:
     )
     made.add_argument("--held-out", action="append", default=[], metavar="SHARDS", help="kept for evaluation: leaks?")
     made.add_argument("--caption-field", metavar="NAME", help="the json field of the captions (default: the txt)")
-    made.add_argument("--cache", type=Path, metavar="DIR", help="folder for remote shards and indexes")
+    made.add_argument("--cache", type=folder, metavar="DIR", help="folder for remote shards and indexes")
     made.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)"
+        "--workers", type=WORKERS, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)"
     )
-    made.add_argument("--out", type=Path, default=Path("doctor.html"), metavar="FILE", help="default %(default)s")
+    made.add_argument("--out", type=file, default=Path("doctor.html"), metavar="FILE", help="default %(default)s")
     return made
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import Parser, folder, whole
 from imagen_lightning.cli.configs import find_config, read_config
 from imagen_lightning.errors import InputError, counted
 
@@ -20,7 +20,7 @@ _YAML = (".yaml", ".yml")
 
 def main(argv: list[str]) -> int:
     """Runs `imagen-lightning shards embed` with the arguments after that and returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     rank, world_size, local_rank = (_whole(name, default) for name, default in _PROCESS)
     import torch
 
@@ -142,14 +142,12 @@ def _encoder_of(path: Path, trust: list[str]) -> TextEncoder:
 def _device(name: str | None, local_rank: int) -> str:
     import torch
 
+    from imagen_lightning.cascade.cascade import check_device
+
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = " ".join(str(error).split(". ")[0].split())
-        raise InputError(f"device {name!r} cannot be used here ({line}); try cpu") from None
+    check_device(name)
     return name
 
 
@@ -167,49 +165,53 @@ def _whole(name: str, default: int) -> int:
         ) from None
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         "shards embed",
         description="Encodes the captions of shards once and stores the text states, one file OUT/SHARD.safetensors a "
         "shard, so that training loads no T5. Says beforehand how large and how long. Run again, it goes on with the "
         "shards that are left; started by torchrun, its processes share the shards.",
     )
-    parser.add_argument(
+    made.add_argument(
         "shards",
         nargs="+",
         metavar="SHARDS",
         help="paths, folders, globs, or patterns such as 'train-{000..009}.tar', or addresses of such",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder for the states")
-    parser.add_argument(
+    made.add_argument("out", type=folder, metavar="OUT", help="the folder for the states")
+    made.add_argument(
         "--encoder",
         required=True,
         metavar="NAME_OR_PATH",
         help="a T5's hub name or local folder; a stage's YAML, whose text encoder is taken as it is; or 'tiny'",
     )
-    parser.add_argument("--length", type=int, metavar="N", help="tokens that captions are cut to (T5: 128, tiny: 32)")
-    parser.add_argument(
+    made.add_argument(
+        "--length", type=whole(1, 100_000), metavar="N", help="tokens that captions are cut to (T5: 128, tiny: 32)"
+    )
+    made.add_argument(
         "--dtype",
         default="float16",
         choices=("float16", "int8"),
         help="how states are stored; int8 with a scale a token takes half the room (%(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="captions at once (%(default)s)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (cuda where there is one)")
-    parser.add_argument(
+    made.add_argument(
+        "--batch-size", type=whole(1, 1_000_000), default=64, metavar="N", help="captions at once (%(default)s)"
+    )
+    made.add_argument("--device", metavar="NAME", help="cpu, cuda, … (cuda where there is one)")
+    made.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         help="of the encoder's weights and computation (float32)",
     )
-    parser.add_argument("--clean-captions", action="store_true", help="as the encoder's clean_captions: true")
-    parser.add_argument("--padding", choices=("masked", "attended"), help="as the encoder's padding (masked)")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-    parser.add_argument(
+    made.add_argument("--clean-captions", action="store_true", help="as the encoder's clean_captions: true")
+    made.add_argument("--padding", choices=("masked", "attended"), help="as the encoder's padding (masked)")
+    made.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    made.add_argument(
         "--caption-field", metavar="NAME", help="the json field of the captions (the txt, or json's caption)"
     )
-    parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="for remote shards, and indexes where none can be written"
+    made.add_argument(
+        "--cache", type=folder, metavar="FOLDER", help="for remote shards, and indexes where none can be written"
     )
-    parser.add_argument("--estimate-only", action="store_true", help="say how large and how long, and end")
-    parser.add_trust()
-    return parser
+    made.add_argument("--estimate-only", action="store_true", help="say how large and how long, and end")
+    made.add_trust()
+    return made

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import WORKERS, Parser, folder, real
 from imagen_lightning.errors import counted
 
 if TYPE_CHECKING:
@@ -119,12 +119,12 @@ def add_shards(parser: Parser) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=folder,
         metavar="DIR",
         help="for remote shards and for indexes that cannot lie beside their shards",
     )
     parser.add_argument(
-        "--cache-gb", type=float, default=20.0, metavar="GB", help="of remote shards kept there (%(default)s)"
+        "--cache-gb", type=real(0, 10**6), default=20.0, metavar="GB", help="of remote shards kept there (%(default)s)"
     )
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--workers", type=WORKERS, default=workers, metavar="N", help="processes (%(default)s)")

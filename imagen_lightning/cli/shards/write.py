@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from imagen_lightning.cli.arguments import Parser
+from imagen_lightning.cli.arguments import FRACTION, WORKERS, Parser, folder, whole
 from imagen_lightning.errors import counted
 
 
 def main(argv: list[str]) -> int:
     """Runs `imagen-lightning shards write` with the arguments after that and returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     from imagen_lightning.data.ingest import GOES_ON, SKIPPED, write_shards
 
     try:
@@ -70,13 +70,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    made = Parser(
         "shards write",
         description="Makes shards (tar files in webdataset's layout) of captioned images. Stopped at any moment and "
         "given again, a command goes on with the shards that are missing.",
     )
-    parser.add_argument(
+    made.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
@@ -85,25 +85,25 @@ def _parser() -> Parser:
         "paths relative to the file (in parquet and arrow, bytes too); a folder of parquet files, or one that Hugging "
         "Face's save_to_disk wrote",
     )
-    parser.add_argument(
-        "out", type=Path, metavar="OUT", help="the folder to write; it must hold no shards but those of this command"
+    made.add_argument(
+        "out", type=folder, metavar="OUT", help="the folder to write; it must hold no shards but those of this command"
     )
-    parser.add_argument(
+    made.add_argument(
         "--workers",
-        type=int,
+        type=WORKERS,
         metavar="N",
         help="processes that make shards, 0 for none beside this one (one a processor, fewer for few images)",
     )
-    parser.add_argument(
+    made.add_argument(
         "--shard-size",
-        type=int,
+        type=whole(1, 10_000_000),
         default=1000,
         metavar="N",
         help="images of a shard, before those that cannot be used are left out (%(default)s)",
     )
-    images = parser.add_argument_group("images")
-    images.add_argument("--max-side", type=int, metavar="PX", help="reduce images to this longest side")
-    images.add_argument("--short-side", type=int, metavar="PX", help="reduce images to this shorter side")
+    images = made.add_argument_group("images")
+    images.add_argument("--max-side", type=whole(1, 2**16), metavar="PX", help="reduce images to this longest side")
+    images.add_argument("--short-side", type=whole(1, 2**16), metavar="PX", help="reduce images to this shorter side")
     images.add_argument(
         "--format",
         choices=("keep", "jpg", "png", "webp"),
@@ -111,9 +111,9 @@ def _parser() -> Parser:
         help="of the stored images; keep stores JPEG, PNG and WebP in their format, others as PNG (%(default)s)",
     )
     images.add_argument(
-        "--quality", type=int, default=95, metavar="Q", help="of images encoded anew, 1 to 100 (%(default)s)"
+        "--quality", type=whole(1, 100), default=95, metavar="Q", help="of images encoded anew, 1 to 100 (%(default)s)"
     )
-    records = parser.add_argument_group("records")
+    records = made.add_argument_group("records")
     records.add_argument("--image-column", metavar="NAME", help="the table's column of images (by its usual names)")
     records.add_argument(
         "--caption-column",
@@ -128,7 +128,7 @@ def _parser() -> Parser:
     )
     records.add_argument(
         "--held-out",
-        type=float,
+        type=FRACTION,
         default=0.0,
         metavar="FRACTION",
         help="share of the samples that goes to heldout-*.tar, chosen by a hash of the image's name (%(default)s)",
@@ -139,4 +139,4 @@ def _parser() -> Parser:
         help="choose by a hash of this column instead: what has one value falls on one side (of images without a "
         "table: folder or caption)",
     )
-    return parser
+    return made

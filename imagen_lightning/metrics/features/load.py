@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from imagen_lightning.components import find_class
 from imagen_lightning.errors import InputError
+from imagen_lightning.files import read_text
+from imagen_lightning.io.yaml import MAX_BYTES, read_yaml
 from imagen_lightning.metrics.features.base import FeatureExtractor
 
 _OWN = "imagen_lightning.metrics.features"
@@ -32,12 +32,8 @@ def load_extractor(path: Path, trust: Iterable[str] = ()) -> FeatureExtractor:
         InputError: no such file, no YAML, a class that is no extractor or of a package not trusted, arguments that it
             does not take.
     """
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"extractor description {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"extractor description {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    what = "extractor description"
+    data = read_yaml(read_text(path, what, MAX_BYTES), f"{what} {str(path)!r}")
     if not isinstance(data, dict) or set(data) - {"class_path", "init_args"} or "class_path" not in data:
         raise InputError(f"extractor description {str(path)!r} needs class_path and init_args, and nothing else")
     cls = _find(str(data["class_path"]), trust)
