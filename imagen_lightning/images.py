@@ -6,12 +6,15 @@ Inside a stage images are float in [-1, 1]; at the loader and in files they are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from imagen_lightning.io.atomic import write_bytes
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -106,8 +109,11 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    """Write a PNG whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; it names `path`.
+    """
+    data = BytesIO()  # Pillow's own writing forgets what was wrong with the disk
+    image.save(data, format="PNG")
+    write_bytes(path, data.getbuffer())

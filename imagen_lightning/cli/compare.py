@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +46,33 @@ def main(argv: list[str]) -> int:
     from imagen_lightning.evaluation.prompts import read_prompts
     from imagen_lightning.evaluation.votes import Ballot
     from imagen_lightning.files import unwritable
+    from imagen_lightning.io.locks import locked
     from imagen_lightning.report.ballot_page import ballot_page
 
     prompts = read_prompts(arguments.prompts).first(arguments.num)
     cascades = None if arguments.result else _load(arguments)
     _begin(arguments.out, _plan(arguments, prompts.captions), start=cascades is not None)
-    ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
-    if cascades is not None:
-        try:
-            _draw(arguments, cascades, prompts.captions)
-        except KeyboardInterrupt:
-            print("\nStopped; the same command goes on", file=sys.stderr)
-            raise
-        except OSError as error:
-            if (refusal := unwritable(error, arguments.out)) is not None:
-                raise InputError(f"{refusal}; the same command goes on") from None
-            raise
-        with BallotServer(
-            arguments.out, ballot, prompts.captions, arguments.num_images, ballot_page(), arguments.port
-        ) as server:
-            print(f"Vote at {server.url} (arrow keys); Ctrl-C ends and prints the result", flush=True)
+    lock = arguments.out / ".lock"
+    with nullcontext() if cascades is None else locked(lock, f"--out {str(arguments.out)!r}"):
+        ballot = Ballot(arguments.out / VOTES, len(prompts), arguments.seed)
+        if cascades is not None:
             try:
-                server.serve_forever()
+                _draw(arguments, cascades, prompts.captions)
             except KeyboardInterrupt:
-                print(file=sys.stderr)
+                print("\nStopped; the same command goes on", file=sys.stderr)
+                raise
+            except OSError as error:
+                if (refusal := unwritable(error, arguments.out)) is not None:
+                    raise InputError(f"{refusal}; the same command goes on") from None
+                raise
+            with BallotServer(
+                arguments.out, ballot, prompts.captions, arguments.num_images, ballot_page(), arguments.port
+            ) as server:
+                print(f"Vote at {server.url} (arrow keys); Ctrl-C ends and prints the result", flush=True)
+                try:
+                    server.serve_forever()
+                except KeyboardInterrupt:
+                    print(file=sys.stderr)
     _tell(arguments, ballot, prompts.rows())
     return 0
 
@@ -79,9 +83,11 @@ def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
     names = ("a", "b", "num_images", "seed", "guidance", "steps", "precision")
     plan = {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
     if not arguments.result:  # whoever only reads votes needs no cascade any more
-        from imagen_lightning.evaluation.identity import cascade_sha256
+        from imagen_lightning.evaluation.identity import images_sha256
 
-        plan |= {f"{name}_sha256": cascade_sha256(getattr(arguments, name)) for name in ("a", "b")}
+        for name in ("a", "b"):
+            folder, trust = getattr(arguments, name), arguments.trust
+            plan[f"{name}_sha256"] = images_sha256(folder, trust, arguments.guidance, arguments.steps)
     return plan
 
 
