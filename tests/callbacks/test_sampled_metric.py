@@ -96,7 +96,7 @@ def test_draws_what_the_averaged_stage_draws(fit, make_base, make_sr, make_data,
     ((images, protocol),) = seen.seen
     assert torch.equal(images, draw.images)
     assert (images[0].int() - images[1].int()).abs().max() > 20
-    wanted = {"weights": "ema", "precision": "32-true", "guidance": 2, "steps": 3, "sampler": "DDIM", "seed": 5}
+    wanted = {"weights": "ema", "precision": "32-true", "guidance": 2, "steps": 3, "sampler": "DDIM(eta=0)", "seed": 5}
     wanted |= {"image_size": 8, "num_samples": 5, "prompts": digest_texts(captions[:5])}
     wanted["aug_level"] = 0.2 if kind == "sr" else None
     assert {name: getattr(protocol, name) for name in wanted} == wanted
