@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from imagen_lightning.callbacks.ema import averaged_weights
 from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.throughput import uncounted
+from imagen_lightning.cascade.sampling import StageSettings, protocol_fields, settings_of
 from imagen_lightning.diffusion.random import seeded_generator
 from imagen_lightning.images import downsample, to_float, to_uint8
 from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
@@ -165,38 +166,19 @@ class DrawingSettings:
         if self.batch_size < 1 or (self.num_steps is not None and self.num_steps < 1):
             raise InputError(f"num_steps {self.num_steps} and batch_size {self.batch_size} must be at least 1")
 
-    def of(self, stage: DiffusionMixin) -> DrawingSettings:
-        """With the stage's own in the place of what is None.
+    def of(self, stage: DiffusionMixin) -> StageSettings:
+        """Return all that decides the stage's images, its own settings in the place of what is None.
 
         Raises:
             InputError: an augmentation level that the stage does not take.
         """
-        own = stage.sampling
-        level = getattr(stage, "aug_level", None)
-        if self.aug_level is not None:
-            if not isinstance(stage, SuperResolutionStage):
-                raise InputError(f"aug_level {self.aug_level} is for super-resolution stages; drop it")
-            level, most = self.aug_level, stage.augmentation.max_level
-            if not 0 <= level <= most:
-                raise InputError(f"aug_level {level} must be in [0, {most}], the levels seen in training")
-        return replace(
-            self,
-            num_steps=self.num_steps or own.num_steps,
-            guidance=own.guidance if self.guidance is None else self.guidance,
-            sampler=self.sampler or own.sampler,
-            aug_level=level,
-        )
+        if self.aug_level is not None and not isinstance(stage, SuperResolutionStage):
+            raise InputError(f"aug_level {self.aug_level} is for super-resolution stages; drop it")
+        return settings_of(stage, self.guidance, self.num_steps, self.sampler, self.aug_level)
 
     def protocol(self, stage: DiffusionMixin) -> dict[str, Any]:
         """How a stage's images are made, as fields of a `imagen_lightning.metrics.protocol.Protocol`."""
-        used = self.of(stage)
-        return {
-            "guidance": used.guidance,
-            "steps": used.num_steps,
-            "sampler": type(used.sampler).__name__,
-            "aug_level": used.aug_level,
-            "seed": used.seed,
-        }
+        return {**protocol_fields([self.of(stage).described()]), "seed": self.seed}
 
 
 def draw(

@@ -14,6 +14,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.callbacks import WeightAveraging  # isort: skip
 
+from imagen_lightning.components import describe_args
 from imagen_lightning.types import InputError
 
 
@@ -47,6 +48,11 @@ class EMA(WeightAveraging):
         self.swapped = False
         self._swapped_for_validation = False
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the average is, for manifests and protocols: its kind and its arguments."""
+        return {"kind": "ema", **describe_args(self, skip=("device",))}
+
     def decay_at(self, num_averaged: int) -> float:
         """The decay of the update that follows `num_averaged` updates."""
         return min(self.decay, (1 + num_averaged) / (10 + num_averaged))
@@ -59,6 +65,7 @@ class EMA(WeightAveraging):
         """Exchanges the module's weights and the average."""
         self._swap_models(pl_module)
         self.swapped = not self.swapped
+        pl_module.weights_record = self.record if self.swapped else {"kind": "raw"}  # type: ignore[assignment]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -105,6 +112,8 @@ class EMA(WeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            checkpoint["weights_record"] = self.record
         if self.swapped:
             average, weights = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights

@@ -30,12 +30,11 @@ from imagen_lightning.callbacks.observer import Observer, together
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.schedule import Schedule
 from imagen_lightning.callbacks.values import column, column_of, log_values, rewind_values
-from imagen_lightning.components import describe
 from imagen_lightning.files import write_json
 from imagen_lightning.images import grid, save_png, to_pil
 from imagen_lightning.metrics.digests import digest_tensors, digest_texts
 from imagen_lightning.metrics.probes import colour_shift
-from imagen_lightning.metrics.protocol import Protocol
+from imagen_lightning.metrics.protocol import EMA, RAW, Protocol
 from imagen_lightning.metrics.values import mean_value
 from imagen_lightning.stages import SuperResolutionStage
 from imagen_lightning.types import InputError, Sampler
@@ -169,18 +168,15 @@ class SampleGrid(Observer):
         for name, image in zip(files, images):
             save_png(to_pil(image), folder / name)
         save_png(picture, folder / "grid.png")
-        settings = self._settings.of(stage)
+        described = self._settings.of(stage).described()
         details = {
+            "num_steps": described.pop("steps"),
+            **described,
             "step": trainer.global_step,
-            "weights": "ema" if averaged else "trained",
+            "weights": EMA if averaged else RAW,
+            "precision": str(trainer.precision),
             "seed": self.seed,
             "stage": 0 if given.low_res is None else 1,
-            "sampler": describe(settings.sampler),
-            "spacing": describe(stage.sampling.spacing),
-            "thresholding": describe(stage.sampling.thresholding),
-            "num_steps": settings.num_steps,
-            "guidance": settings.guidance,
-            "aug_level": settings.aug_level,
             "colour_shifts": None if shifts is None else shifts.tolist(),
             "images": [
                 {"file": name, "caption": caption, "image": position}
@@ -200,7 +196,7 @@ class SampleGrid(Observer):
             prompts=digest_texts(given.captions),
             reference=digest_tensors([given.low_res]),  # type: ignore[list-item]
             reference_name=f"low-resolution {SPLITS[self.split]} images",
-            weights="ema" if averaged else "raw",
+            weights=EMA if averaged else RAW,
             precision=str(trainer.precision),
             **self._settings.protocol(stage),
         )

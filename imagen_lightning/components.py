@@ -6,6 +6,7 @@ configuration can be read from the object itself, whether LightningCLI or a scri
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 from imagen_lightning.types import InputError
 
 OWN_PACKAGE = "imagen_lightning"
+_MOST_WORDS = 120  # characters
 # Where a description may find this package's own classes: parts of a model, none of which runs anything when made.
 OWN_MODULES = tuple(f"{OWN_PACKAGE}.{name}" for name in ("diffusion", "networks", "samplers", "stages", "text"))
 
@@ -49,6 +51,34 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     return {"class_path": class_path(value), "init_args": describe_args(value)}
+
+
+def in_words(description: Any) -> str:
+    """Return what `describe` gave, in words for people: "DDIM(eta=0)"; own classes without their module.
+
+    Descriptions that differ have words that differ: long ones are cut, and end with a hash of all.
+    """
+    text = _in_words(description)
+    if len(text) <= _MOST_WORDS:
+        return text
+    return f"{text[:_MOST_WORDS]}… ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        if "class_path" not in value:
+            return f"{{{', '.join(f'{key}: {_in_words(item)}' for key, item in value.items())}}}"
+        path = str(value["class_path"])
+        name = value.get("name") or (path.rpartition(".")[2] if path.startswith(f"{OWN_PACKAGE}.") else path)
+        inner = ", ".join(f"{key}={_in_words(item)}" for key, item in (value.get("init_args") or {}).items())
+        return f"{name}({inner})" if inner else str(name)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_in_words, value))}]"
+    if value is None:
+        return "none"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def describe_args(value: object, skip: Iterable[str] = ()) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.io.atomic import write_text
-from imagen_lightning.io.locks import is_lock
+from imagen_lightning.io.locks import LOCK, is_lock, locked
 
 _MENDS = {
     errno.ENOSPC: "make room on that disk",
@@ -131,6 +132,19 @@ def check_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> bo
                 "another folder"
             )
     return True
+
+
+@contextlib.contextmanager
+def begun_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Begin OUT as `begin_folder` does and hold it: no other process that does so works in it at the same time.
+
+    Raises:
+        InputError: as `begin_folder`; another process holds it.
+    """
+    begin_folder(out, name, plan, what)  # first: a folder that holds something else gets no lock file
+    with locked(out / LOCK, f"--out {str(out)!r}"):
+        begin_folder(out, name, plan, what)  # another one may have begun it meanwhile
+        yield
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ Inside a stage images are float in [-1, 1]; at the loader and in files they are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from imagen_lightning.io.atomic import whole_file
+from imagen_lightning.io.atomic import write_bytes
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -108,6 +109,11 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
+    """Write a PNG whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; it names `path`.
+    """
+    data = BytesIO()  # Pillow's own writing forgets what was wrong with the disk
+    image.save(data, format="PNG")
+    write_bytes(path, data.getbuffer())

@@ -11,7 +11,7 @@ import torch
 
 from imagen_lightning.cascade.description import as_module, build_stage
 from imagen_lightning.cascade.local import first_line, refuse_address
-from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.origin import check_origin, check_record
 from imagen_lightning.cascade.weights import check_tensors, put_tensors
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
@@ -60,6 +60,7 @@ def stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> Diffusion
     # Copied from the file's mapping: the stage is to outlive the file.
     put_tensors(as_module(stage), {key: value.clone() for key, value in checkpoint["state_dict"].items()})
     stage.origin = check_origin(checkpoint.get("origin"), what)
+    stage.weights_record = check_record(checkpoint.get("weights_record"), what)
     return stage
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def num_parameters(stage: DiffusionMixin) -> int:
 
 def stage_summary(stage: DiffusionMixin) -> dict[str, Any]:
     """What the manifest says of a stage for people and other programs, all of it taken from the stage."""
-    encoder, sampling = stage.text.encoder, stage.sampling
+    encoder = stage.text.encoder
     return {
         "name": stage_name(stage),
         "image_size": stage.image_size,
@@ -44,12 +45,41 @@ def stage_summary(stage: DiffusionMixin) -> dict[str, Any]:
         if encoder is None
         else {"encoder": encoder.name, "max_tokens": encoder.max_tokens, "null_text": stage.text.null_text},
         "aug_level": getattr(stage, "aug_level", None),
-        "sampling": {
-            "sampler": describe(sampling.sampler),
-            "num_steps": sampling.num_steps,
-            "guidance": sampling.guidance,
-        },
+        "sampling": _sampling(stage),
     }
+
+
+# Arguments of a stage that decide no pixel of a sample: those of training, and how the network is run, which changes
+# the last bits as the device and the batch size do. Any other argument, also a new one, counts.
+_NOT_OF_SAMPLES = ("seed", "crop_size", "execution", "sampling", "aug_level")
+_NOT_OF_SAMPLES_WITHIN = {"text": ("drop",), "diffusion": ("weighting", "times")}
+
+
+def sampling_description(stage: DiffusionMixin) -> dict[str, Any]:
+    """Return the stage's `Sampling` as plain data, without what each sampling may choose anew."""
+    chosen = ("sampler", "num_steps", "guidance")
+    return {name: value for name, value in _sampling(stage).items() if name not in chosen}
+
+
+def _sampling(stage: DiffusionMixin) -> dict[str, Any]:
+    return {field.name: describe(getattr(stage.sampling, field.name)) for field in fields(stage.sampling)}
+
+
+def model_description(stage: DiffusionMixin) -> dict[str, Any]:
+    """Return all of a stage that decides a sample's pixels as plain data, but for `Sampling`, weights and `aug_level`.
+
+    A text encoder's folder counts by the encoder's name, wherever it lies.
+    """
+    arguments = {name: value for name, value in stage.hyperparameters().items() if name not in _NOT_OF_SAMPLES}
+    for group, names in _NOT_OF_SAMPLES_WITHIN.items():
+        inner = (arguments.get(group) or {}).get("init_args", {})
+        for name in names:
+            inner.pop(name, None)
+    if stage.text.encoder is not None:
+        encoder = arguments["text"]["init_args"]["encoder"]
+        encoder["name"] = stage.text.encoder.name
+        encoder["init_args"].pop("name_or_path", None)
+    return {"class_path": class_path(stage), "init_args": arguments}
 
 
 def share_encoders(stages: list[DiffusionMixin]) -> list[DiffusionMixin]:

@@ -21,7 +21,7 @@ from imagen_lightning.cascade.description import (
 )
 from imagen_lightning.cascade.local import first_line, whole_folder
 from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RANGE, VERSION, read_manifest
-from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.origin import check_origin, check_record
 from imagen_lightning.cascade.weights import load_stage_weights, write_stage_weights
 from imagen_lightning.components import class_path
 from imagen_lightning.io.atomic import write_text
@@ -49,7 +49,8 @@ def write_folder(
         for entry, stage in zip(entries, stages):
             files = write_stage_weights(as_module(stage), partial, stage_name(stage), max_shard_size)
             # One file is written as it was before there could be several.
-            entry["weights"] = {"num_parameters": num_parameters(stage)} | (
+            record = {} if stage.weights_record is None else {"record": stage.weights_record}
+            entry["weights"] = {"num_parameters": num_parameters(stage), **record} | (
                 files[0] if len(files) == 1 else {"files": files}
             )
         (partial / MANIFEST).write_text(_json(manifest), encoding="utf-8")
@@ -74,11 +75,12 @@ def read_stage(
     """One stage of the cascade whose manifest lies at `path`, from its part of that."""
     what = f"stage {entry['name']!r} of {path}"
     origin = check_origin(entry.get("origin"), what)
+    record = check_record(entry["weights"].get("record"), what)
     stage = build_stage(entry["stage"], trust, what)
     for key, said, found in contradictions(entry, stage_summary(stage)):
         raise InputError(f"{what}: {key} is {said!r}, but the stage's own arguments give {found!r}; mend either")
     load_stage_weights(as_module(stage), path.parent, entry, what, dtype, device)
-    stage.origin = origin
+    stage.origin, stage.weights_record = origin, record
     return stage
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imagen_lightning.cascade.local import file_sha256
+from imagen_lightning.metrics.protocol import MERGED, NOT_RECORDED, WEIGHTS
+from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
 LICENCE_KEYS = ("licence", "license")
@@ -24,6 +27,7 @@ def descended(entry: Mapping[str, Any], manifest: Path) -> dict[str, Any]:
         "cascade": manifest.resolve().parent.name,
         "stage": entry["name"],
         "sha256": [one.get("sha256") for one in weights.get("files", [weights])],
+        "weights": weights.get("record"),
         "origin": entry.get("origin"),
     }
     return {"parents": [parent]}
@@ -40,6 +44,45 @@ def check_origin(origin: Any, what: str) -> dict[str, Any] | None:
     if not isinstance(origin, dict) or not _is_plain(origin):
         raise InputError(f"{what}: its origin is no plain data (names, lists, texts, numbers); mend or remove it")
     return origin
+
+
+def check_record(record: Any, what: str) -> dict[str, Any] | None:
+    """Return what a file says its weights are, None where it says nothing.
+
+    Raises:
+        InputError: it is no plain data, or of an unknown kind.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, dict) or not _is_plain(record) or record.get("kind") not in WEIGHTS:
+        raise InputError(
+            f"{what}: the record of its weights is {record!r}; its kind must be one of {', '.join(WEIGHTS)}; fix or "
+            "remove it"
+        )
+    return record
+
+
+def merged_record(base: Mapping[str, Any] | None, adapters: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Return the record of weights to which adapters were added, from those of the base and of the adapters."""
+    return {"kind": MERGED, "base": base, "adapters": list(adapters)}
+
+
+def weights_kind(stage: DiffusionMixin) -> str:
+    """Return what a stage's weights are, one of `imagen_lightning.metrics.protocol.WEIGHTS`."""
+    return str((stage.weights_record or {}).get("kind", NOT_RECORDED))
+
+
+def weights_words(stage: DiffusionMixin) -> str:
+    """Return the same in full, for people: "ema (decay=0.9999)"."""
+    details = {key: value for key, value in (stage.weights_record or {}).items() if key != "kind"}
+    inner = ", ".join(f"{key}={json.dumps(value)}" for key, value in details.items())
+    return f"{weights_kind(stage)} ({inner})" if inner else weights_kind(stage)
+
+
+def weights_kinds(stages: Sequence[DiffusionMixin]) -> str | list[str]:
+    """Return the same of several stages as a protocol holds it: one value, or one a stage."""
+    kinds = [weights_kind(stage) for stage in stages]
+    return kinds[0] if len(kinds) == 1 else kinds
 
 
 def _is_plain(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from imagen_lightning import samplers
-from imagen_lightning.cascade.description import low_res_size, stage_name
-from imagen_lightning.components import describe
+from imagen_lightning.cascade.description import low_res_size, model_description, sampling_description, stage_name
+from imagen_lightning.components import describe, in_words
 from imagen_lightning.images import downsample, from_pil, to_float, to_uint8
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError, Sampler
@@ -23,7 +23,10 @@ from imagen_lightning.types import InputError, Sampler
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage was sampled.
+    """All that decides an image of a stage, but for its weights, its input and its noise.
+
+    Caches, protocols, `samples.json`, class images and plans hold it as `described` gives it. What `Sampling` and the
+    stage's arguments hold is found from the objects themselves, so that a new setting is included.
 
     Attributes:
         stage: its name, "base" or "sr_256".
@@ -31,6 +34,8 @@ class StageSettings:
         steps: along the time.
         guidance: classifier-free guidance weight.
         aug_level: noise on the low-resolution image, None for a base stage.
+        sampling: the other settings of `Sampling`, as plain data: spacing, thresholding, …
+        model: what the stage is, as plain data: class, sizes, network, text, diffusion, …
     """
 
     stage: str
@@ -38,10 +43,62 @@ class StageSettings:
     steps: int
     guidance: float
     aug_level: float | None
+    sampling: Mapping[str, Any]
+    model: Mapping[str, Any]
 
     def described(self) -> dict[str, Any]:
-        """The settings as plain data."""
-        return {**vars(self), "sampler": describe(self.sampler)}
+        """Return the settings as plain data; equal settings (2 and 2.0) give equal data."""
+        described: dict[str, Any] = _with_whole_numbers({**vars(self), "sampler": describe(self.sampler)})
+        return described
+
+
+def protocol_fields(described: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how stages made images as fields of a `imagen_lightning.metrics.protocol.Protocol`.
+
+    Each is one value, or for several stages one a stage; None where a stage has no such setting.
+
+    Args:
+        described: the stages' settings, as `StageSettings.described` gives them; records of samples that were made
+            before these held all say nothing of the rest.
+    """
+    rows = [
+        {
+            **{name: stage[name] for name in ("guidance", "steps", "aug_level")},
+            "sampler": in_words(stage["sampler"]),
+            "sampling": {name: in_words(value) for name, value in stage.get("sampling", {}).items()},
+            "process": dict(_process(stage.get("model", {}))),
+        }
+        for stage in described
+    ]
+    return {name: _each([row[name] for row in rows]) for name in rows[0]}
+
+
+def _each(values: list[Any]) -> Any:
+    if len(values) == 1:
+        return values[0]
+    if isinstance(values[0], dict):
+        names = dict.fromkeys(name for value in values for name in value)
+        return {name: [value.get(name) for value in values] for name in names}
+    return values
+
+
+def _process(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a model's settings in words by name, without its network and sizes; groups of settings one by one."""
+    for name, value in model.get("init_args", {}).items():
+        if name in ("network", "image_size", "low_res_size"):
+            continue
+        if isinstance(value, Mapping) and str(value.get("class_path")).startswith("imagen_lightning.stages."):
+            yield from ((f"{name}.{key}", in_words(item)) for key, item in value["init_args"].items())
+        else:
+            yield name, in_words(value)
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -109,7 +166,24 @@ def settings_of(
         aug_level = stage.aug_level if aug_level is None else aug_level  # type: ignore[attr-defined]
         if not _is_number(aug_level) or not 0 <= aug_level <= highest:  # type: ignore[operator]
             raise InputError(f"aug_level {aug_level!r} of stage {name!r} must be in [0, {highest:g}], as in training")
-    return StageSettings(name, sampler, steps, guidance, aug_level)
+    return StageSettings(
+        name, sampler, steps, guidance, aug_level, sampling_description(stage), model_description(stage)
+    )
+
+
+def text_identity(stage: DiffusionMixin) -> dict[str, str] | None:
+    """Return what tells the states of the stage's text encoder from another's, None for a stage without text.
+
+    Weights that are not at hand yet are fetched, so that their digest is the same now and later.
+    """
+    encoder = stage.text.encoder
+    if encoder is None:
+        return None
+    found = encoder.identity()
+    if found.get("weights") == "":
+        encoder([""])
+        found = encoder.identity()
+    return found
 
 
 def _is_number(value: Any) -> bool:

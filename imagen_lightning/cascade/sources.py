@@ -8,6 +8,7 @@ from pathlib import Path
 from imagen_lightning.cascade.checkpoints import stage_from_checkpoint
 from imagen_lightning.cascade.folder import read_folder, read_stage
 from imagen_lightning.cascade.manifest import MANIFEST
+from imagen_lightning.cascade.origin import merged_record
 from imagen_lightning.cascade.weights import find_entry
 from imagen_lightning.stages import DiffusionMixin
 
@@ -27,5 +28,8 @@ def stages_of(source: str | Path, trust: tuple[str, ...]) -> Iterator[DiffusionM
     else:
         stages = [stage_from_checkpoint(source, trust)]
     for stage in stages:
-        stage.merge_adapter()
+        if stage.adapter is not None:
+            parents = (stage.origin or {}).get("parents") or [{}]
+            stage.weights_record = merged_record(parents[0].get("weights"), [stage.weights_record])
+            stage.merge_adapter()
         yield stage

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imagen_lightning.cascade.manifest import MANIFEST, read_manifest
-from imagen_lightning.cascade.origin import descended
+from imagen_lightning.cascade.origin import check_record, descended
 from imagen_lightning.cascade.sampling import find_stage
 from imagen_lightning.cascade.tensors import StoredTensor, read_header, read_tensors, write_tensors
 from imagen_lightning.types import InputError
@@ -35,8 +35,10 @@ def load_weights(stage: nn.Module, reference: str) -> None:
         InputError: no such cascade or stage, damaged weights, or weights that do not fit.
     """
     path, entry = find_entry(reference, "init_from")
-    load_stage_weights(stage, path.parent, entry, f"stage {entry['name']!r} of {path}")
-    stage.origin = descended(entry, path)  # type: ignore[assignment]
+    what = f"stage {entry['name']!r} of {path}"
+    record = check_record(entry["weights"].get("record"), what)
+    load_stage_weights(stage, path.parent, entry, what)
+    stage.origin, stage.weights_record = descended(entry, path), record  # type: ignore[assignment]
 
 
 def find_entry(reference: str, what: str) -> tuple[Path, dict[str, Any]]:

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         ) as server:
             print(f"Vote at {server.url} (arrow keys); Ctrl-C ends and prints the result", flush=True)
             try:
-                server.serve_forever()
+                _draw(arguments, cascades, prompts.captions)
             except KeyboardInterrupt:
                 print(file=sys.stderr)
         _tell(arguments, ballot, prompts.rows())
@@ -84,9 +84,11 @@ def _plan(arguments: Any, captions: list[str]) -> dict[str, Any]:
     names = ("a", "b", "num_images", "seed", "guidance", "steps", "precision")
     plan = {name: getattr(arguments, name) for name in names} | {"prompts_sha256": digest_texts(captions)}
     if not arguments.result:
-        from imagen_lightning.evaluation.identity import cascade_sha256
+        from imagen_lightning.evaluation.identity import images_sha256
 
-        plan |= {f"{name}_sha256": cascade_sha256(getattr(arguments, name)) for name in ("a", "b")}
+        for name in ("a", "b"):
+            folder, trust = getattr(arguments, name), arguments.trust
+            plan[f"{name}_sha256"] = images_sha256(folder, trust, arguments.guidance, arguments.steps)
     return plan
 
 

@@ -262,19 +262,18 @@ def _score(out: Path, captions: list[str]) -> None:
 
 def _save_evaluation(folder: Path, captions: list[str], accuracy: CaptionAccuracy, unseen: Tensor) -> None:
     """Writes FOLDER/evaluation.json: the accuracy by kind of caption and by attribute, each with its interval."""
+    from imagen_lightning.cascade.sampling import protocol_fields
     from imagen_lightning.evaluation.schema import Evaluation, Row, save
     from imagen_lightning.metrics.confidence import wilson
     from imagen_lightning.metrics.digests import digest_texts
-    from imagen_lightning.metrics.protocol import Protocol, Value
+    from imagen_lightning.metrics.protocol import NOT_RECORDED, Protocol, Value, flat
     from imagen_lightning.provenance import git_revision, versions
 
     drawn = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = {
-        name: [stage[name] for stage in drawn["stages"]] for name in ("guidance", "steps", "aug_level")
-    }
-    settings["sampler"] = [stage["sampler"]["class_path"].rpartition(".")[2] for stage in drawn["stages"]]
+    settings = protocol_fields(drawn["stages"])
+    settings["weights"] = [stage.get("weights", {}).get("kind", NOT_RECORDED) for stage in drawn["stages"]]
     settings["seed"] = drawn["samples"][0]["seed"]
-    made = {"image_size": 64, "weights": "ema", "precision": drawn["precision"], **settings}
+    made = {"image_size": 64, "precision": drawn["precision"], **settings}
 
     def value(part: str, right: Tensor, chosen: Tensor) -> Value:
         among = [captions[index] for index in chosen.nonzero().flatten().tolist()]
@@ -294,7 +293,7 @@ def _save_evaluation(folder: Path, captions: list[str], accuracy: CaptionAccurac
         f"{whole.value:.0%} of {len(captions)} held-out captions are shown in every attribute, "
         f"{rare.value:.0%} of the {int(unseen.sum())} that name a pair never trained on"
     )
-    row = Row(drawn["stages"][-1]["stage"], "chain", settings, tuple(item.to_json() for item in values))
+    row = Row(drawn["stages"][-1]["stage"], "chain", flat(settings), tuple(item.to_json() for item in values))
     environment = {"versions": versions(), "git": git_revision(), "device": drawn["device"]}
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     save(Evaluation("matrix", drawn["cascade"], created, environment, (row,), verdict), folder)

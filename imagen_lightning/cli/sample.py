@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import math
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -58,8 +61,11 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    out = arguments.out or _free_folder()
-    _refuse_used(out)
+    with _own_folder(arguments.out) as out:
+        return _sample(arguments, out)
+
+
+def _sample(arguments: argparse.Namespace, out: Path) -> int:
     prompts = captions_of(arguments.prompt, arguments.prompts, missing=None)
     refuse_many(len(prompts), arguments.num_images)
     low_res = _read_picture(arguments.low_res) if arguments.low_res is not None else None
@@ -68,7 +74,13 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     from imagen_lightning.cascade import Cascade
+    from imagen_lightning.cascade.origin import weights_kind
+    from imagen_lightning.cascade.sampling import text_identity
+    from imagen_lightning.finetuning.class_images import weights_of
+    from imagen_lightning.images import from_pil
+    from imagen_lightning.metrics.digests import digest_tensors
 
+    sha256 = weights_of(arguments.cascade)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cascade = Cascade.load(arguments.cascade, device, trust=arguments.trust, dtype=arguments.dtype)
     if not prompts:
@@ -105,6 +117,7 @@ def main(argv: list[str]) -> int:
             progress=progress,
         )
     files = [f"{index:05d}.png" for index in range(len(captions))]
+    stages = cascade.stages[len(cascade.stages) - len(samples.settings) :]
     record = {
         "cascade": arguments.cascade,
         "versions": {"imagen_lightning": __version__, "torch": torch.__version__},
@@ -114,7 +127,19 @@ def main(argv: list[str]) -> int:
         "batch_size": arguments.batch_size,
         "negative_prompt": arguments.negative_prompt,
         "low_res": arguments.low_res,
-        "stages": [setting.described() for setting in samples.settings],
+        "low_res_sha256": None if low_res is None else digest_tensors([from_pil(low_res)]),
+        "stages": [
+            {
+                **setting.described(),
+                "weights": {
+                    "kind": weights_kind(stage),
+                    **(stage.weights_record or {}),
+                    "sha256": sha256[setting.stage],
+                },
+                "text": text_identity(stage),
+            }
+            for setting, stage in zip(samples.settings, stages)
+        ],
         "samples": [
             {"file": file, "prompt": caption, "seed": arguments.seed, "index": index}
             for index, (file, caption) in enumerate(zip(files, captions))
@@ -123,6 +148,42 @@ def main(argv: list[str]) -> int:
     _write(out, files, samples, captions, record)
     print(f"Wrote {counted(len(captions), 'image')}, grid.png and samples.json to {out}")
     return 0
+
+
+@contextlib.contextmanager
+def _own_folder(given: Path | None) -> Iterator[Path]:
+    """Give the folder to write into, which no other `sample` has meanwhile; folders that get nothing vanish again.
+
+    Raises:
+        InputError: it holds samples, cannot be written, or another process has it.
+    """
+    from imagen_lightning.io.locks import LOCK, locked
+
+    out = _free_folder() if given is None else given
+    _refuse_used(out)
+    with ExitStack() as stack:
+        try:
+            made: list[Path] = []
+            while not out.is_dir() or given is None:
+                made = [path for path in (out, *out.parents) if not path.exists()]
+                try:
+                    out.mkdir(parents=True, exist_ok=given is not None)
+                    break
+                except FileExistsError:  # another `sample` has just taken it
+                    out = _free_folder()
+            for folder in reversed(made):
+                stack.callback(_remove_empty, folder)
+            stack.enter_context(locked(out / LOCK, f"--out {str(out)!r}", advice="give another folder"))
+        except OSError as error:
+            raise InputError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from error
+        stack.callback((out / LOCK).unlink, missing_ok=True)
+        _refuse_used(out)
+        yield out
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it holds something now
+        folder.rmdir()
 
 
 def _free_folder() -> Path:

@@ -164,8 +164,7 @@ def draw(
     progress: Callable[[int], None],
 ) -> None:
     """Draws what is missing of one cascade's images; image k of prompt p takes its noise from (seed, p * num + k)."""
-    from imagen_lightning.evaluation.drawing import write_png
-    from imagen_lightning.images import to_pil
+    from imagen_lightning.images import save_png, to_pil
 
     wanted = [(prompt, number) for prompt in range(len(captions)) for number in range(num_images)]
     for start in range(0, len(wanted), batch_size):
@@ -175,5 +174,5 @@ def draw(
             chosen = [captions[prompt] for prompt, _ in rows]
             samples = cascade.sample(chosen, seed=seed, first_index=start, batch_size=batch_size, **settings)
             for path, image in zip(paths, samples.images):
-                write_png(to_pil(image), path)
+                save_png(to_pil(image), path)
         progress(len(rows))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from imagen_lightning.cascade import Cascade, StageSettings
+from imagen_lightning.cascade.origin import weights_kinds
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet
 from imagen_lightning.evaluation.image_set import ImageSet
 from imagen_lightning.evaluation.memory import PeakMemory
 from imagen_lightning.files import write_json
-from imagen_lightning.images import from_pil, to_pil
+from imagen_lightning.images import from_pil, save_png, to_pil
+from imagen_lightning.io.locks import locked
 from imagen_lightning.metrics.digests import digest_texts
 
 Progress = Callable[[int, str], None]
@@ -59,6 +59,10 @@ class Chain:
     first: int
     last: int
     settings: tuple[StageSettings, ...]
+
+    def described(self) -> list[dict[str, Any]]:
+        """The settings as plain data."""
+        return [setting.described() for setting in self.settings]
 
     def before(self) -> Chain | None:
         """The chain without its last stage."""
@@ -102,7 +106,7 @@ class Drawing:
         cascade: on its device.
         data: the captions and real images.
         folder: images lie in `folder/STAGE-INPUT-HASH/00000.png`.
-        identity: hash of the cascade's weights.
+        identity: hash of the cascade's weights and text encoders (`evaluation.identity.drawing_sha256`).
         seed: of the noise.
         batch_size: images at a time.
         precision: "32" or "bf16".
@@ -146,9 +150,13 @@ class Drawing:
                 given: ImageSet | None = self.draw(before).images
             else:
                 given = self.real(chain.first)
-            with _alone(self.folder / f".{name}-{self.part.rank}.lock"):
+            # One evaluation at a time draws into the folder, whatever its number of processes; its first one keeps the
+            # others of it waiting until they may draw, and another evaluation until all of them have.
+            lock = self.folder / f".{name}.lock"
+            with locked(lock, f"{self.folder / name}", wait=True) if self.part.rank == 0 else nullcontext():
+                self.meet()
                 self._draw_missing(chain, name, given)
-            self.meet()
+                self.meet()
             self._drawn[name] = self._read(chain, name, given)
         return self._drawn[name]
 
@@ -161,13 +169,17 @@ class Drawing:
             "seed": self.seed,
             "precision": self.precision,
             "first": chain.first,
-            "settings": [setting.described() for setting in chain.settings],
+            "settings": chain.described(),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
         kind = "chain"
         if chain.first == chain.last:
             kind = "text" if self.takes_text_alone(chain.first) else "real"
         return f"{self.cascade.names[chain.last]}-{kind}-{digest}"
+
+    def weights(self, chain: Chain) -> str | list[str]:
+        """What the weights of a chain's stages are, as a protocol says it: "ema", "imported", …"""
+        return weights_kinds(self.cascade.stages[chain.first : chain.last + 1])
 
     def takes_text_alone(self, stage: int) -> bool:
         """Whether a stage is a base."""
@@ -223,7 +235,7 @@ class Drawing:
             # Before the images: where these are all there, their cost is known, whenever the process was killed.
             write_json(self.folder / name / f"cost-{rows.start:05d}.json", cost)
             for index, image in enumerate(samples.images, rows.start):
-                write_png(to_pil(image), self.folder / name / f"{index:05d}.png")
+                save_png(to_pil(image), self.folder / name / f"{index:05d}.png")
 
     def _read(self, chain: Chain, name: str, given: ImageSet | None) -> Drawn:
         folder = self.folder / name
@@ -234,34 +246,6 @@ class Drawing:
         seconds = sum(cost["seconds"] for cost in costs) / total if total else None
         memory = max((cost["peak_memory_bytes"] or 0 for cost in costs), default=0)
         return Drawn(images, given, folder, seconds, memory or None)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other evaluation that keeps its images in the same folder draws the same ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def write_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG whole or not at all.
-
-    Raises:
-        OSError: it cannot be written, with its path; nothing is left of it.
-    """
-    data = BytesIO()  # Pillow's own writing forgets what was wrong with the disk
-    image.save(data, format="PNG")
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data.getbuffer())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def read_png(path: Path) -> Tensor:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imagen_lightning.cascade import StageSettings
+from imagen_lightning.cascade.sampling import protocol_fields
 from imagen_lightning.evaluation.costs import Judgement, Quality, judge
 from imagen_lightning.evaluation.drawing import Chain, Drawing, chains
 from imagen_lightning.evaluation.measures import Measured, Measurer
 from imagen_lightning.evaluation.schema import Row
+from imagen_lightning.metrics.protocol import flat
 
 REAL_IMAGES = "real images"
 
@@ -83,22 +85,11 @@ def row_of(drawing: Drawing, chain: Chain, measured: Measured) -> Row:
         step = step.before()
     drawn = [drawing.draw(item) for item in steps]
     seconds = [item.seconds_per_image for item in drawn if item.seconds_per_image is not None]
-    settings = {
-        "seed": drawing.seed,
-        **{
-            name: [getattr(setting, name) for setting in chain.settings]
-            if len(chain.settings) > 1
-            else getattr(chain.settings[0], name)
-            for name in ("guidance", "steps", "aug_level")
-        },
-        "sampler": [type(setting.sampler).__name__ for setting in chain.settings]
-        if len(chain.settings) > 1
-        else type(chain.settings[0].sampler).__name__,
-    }
+    settings = {"seed": drawing.seed, "weights": drawing.weights(chain), **protocol_fields(chain.described())}
     return Row(
         stage=drawing.cascade.names[chain.last],
         input=input_of(drawing, chain),
-        settings=settings,
+        settings=flat(settings),
         values=tuple(value.to_json() for value in measured.values),
         seconds_per_image=sum(seconds) if len(seconds) == len(steps) else None,
         peak_memory_bytes=max((item.peak_memory_bytes or 0 for item in drawn), default=0) or None,

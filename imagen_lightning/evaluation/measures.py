@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imagen_lightning import catalog
+from imagen_lightning.cascade.sampling import protocol_fields
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet
 from imagen_lightning.evaluation.drawing import Chain, Drawing
@@ -173,7 +174,7 @@ class Measurer:
             protocol = self._protocol(drawing, drawn.images, chain)
             return self._measure(drawing.data, drawn.images, drawn.given, truth, pairs, protocol)
 
-        return self._once(drawing.name(chain), find)
+        return self._once(drawing.name(chain), find, f"weights {drawing.weights(chain)}")
 
     def measure_real(self, drawing: Drawing, size: int) -> Measured:
         """The same of the real images at a stage's size: what a perfect stage reaches."""
@@ -185,13 +186,13 @@ class Measurer:
 
         return self._once(f"real-{size}", find)
 
-    def _once(self, name: str, find: Callable[[], Measured]) -> Measured:
-        """What is on disk, or else is found and written there."""
-        path = self.folder / f"{name}.json"
-        measured = _read(path, self._key())
+    def _once(self, name: str, find: Callable[[], Measured], *facts: str) -> Measured:
+        """What is on disk, or else is found and written there; `facts` are in its protocol and not in its name."""
+        path, key = self.folder / f"{name}.json", [*self._key(), *facts]
+        measured = _read(path, key)
         if measured is None:
             measured = find()
-            _write(path, self._key(), measured)
+            _write(path, key, measured)
         return measured
 
     def _key(self) -> list[str]:
@@ -201,18 +202,15 @@ class Measurer:
         return [f"{network.name} {network.sha256}" for network in named]
 
     def _protocol(self, drawing: Drawing, images: ImageSet, chain: Chain | None) -> Protocol:
-        # Real images bear the weights' and precision's names too: they are measured as the stages' images are.
-        made: dict[str, Any] = {"precision": drawing.precision, "weights": "ema"}
+        made: dict[str, Any] = {}
         if chain is not None:
-            for name in ("guidance", "steps", "aug_level"):
-                made[name] = [getattr(setting, name) for setting in chain.settings]
-            made["sampler"] = [type(setting.sampler).__name__ for setting in chain.settings]
-            made["seed"] = drawing.seed
+            made = {**protocol_fields(chain.described()), "weights": drawing.weights(chain), "seed": drawing.seed}
         return Protocol(
             "none",
             image_size=images.size,
             num_samples=len(images),
             prompts=digest_texts(drawing.data.captions),
+            precision=drawing.precision,  # of real images too: they are measured as the stages' images are
             **made,
         )
 

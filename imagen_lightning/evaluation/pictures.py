@@ -6,9 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from imagen_lightning.evaluation.drawing import write_png
 from imagen_lightning.evaluation.image_set import ImageSet
-from imagen_lightning.images import grid, to_float, to_uint8, upsample
+from imagen_lightning.images import grid, save_png, to_float, to_uint8, upsample
 
 NUM_IMAGES = 24
 COLUMNS = 6
@@ -26,4 +25,4 @@ def save_picture(images: ImageSet, given: ImageSet | None, captions: list[str], 
         cells = [cell for pair in zip(enlarged, cells) for cell in pair]
         texts = [text for caption in texts for text in ("given", caption)]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    write_png(grid(rows, texts, cell=max(CELL // size, 1) * size), path)
+    save_png(grid(rows, texts, cell=max(CELL // size, 1) * size), path)

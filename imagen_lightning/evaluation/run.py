@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from imagen_lightning.cascade import Cascade, StageSettings
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet, load_evaluation_set, prompt_evaluation_set
 from imagen_lightning.evaluation.drawing import Chain, Drawing, Part, chains
-from imagen_lightning.evaluation.identity import weights_sha256
+from imagen_lightning.evaluation.identity import drawing_sha256, settings_sha256
 from imagen_lightning.evaluation.matrix import picture_of, picture_of_real, row_of, run_matrix
 from imagen_lightning.evaluation.measures import Judge, Measured, Measurer
 from imagen_lightning.evaluation.pictures import save_picture
@@ -33,7 +34,7 @@ from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.prompts import read_prompts
 from imagen_lightning.evaluation.schema import Evaluation, Row, save
 from imagen_lightning.evaluation.words import cell, settings_of, sweep_verdict, table
-from imagen_lightning.files import begin_folder, unwritable, write_text
+from imagen_lightning.files import begun_folder, unwritable, write_text
 from imagen_lightning.provenance import git_revision, versions
 
 PLAN = "plan.json"
@@ -103,13 +104,15 @@ def _evaluate(
     measurer: Measurer,
     judge: Judge | None,
 ) -> Outcome | None:
-    identity = weights_sha256(request.cascade)
+    identity = drawing_sha256(request.cascade, cascade)
     whole = [Chain(0, len(point) - 1, point) for point in chosen]
     is_matrix = len(chosen) == 1 and data.images is not None
     wanted = chains(chosen[0]) if is_matrix else whole
-    with processes() as (part, meet):
+    with ExitStack() as stack:
+        part, meet = stack.enter_context(processes())
         if part.rank == 0:
-            _begin(out, request, identity, data)
+            plan = _plan(request, identity, chosen, data)
+            stack.enter_context(begun_folder(out, PLAN, plan, "evaluation"))
             write_text(out / "samples" / CAPTIONS, json.dumps(data.captions, indent=0) + "\n")
         meet()
         drawing = Drawing(
@@ -218,14 +221,13 @@ def _judge(request: Request, measurer: Measurer, data: EvaluationSet) -> Judge:
     return judge
 
 
-def _begin(out: Path, request: Request, identity: str, data: EvaluationSet) -> None:
-    """Makes `out`, or checks that it holds this very evaluation.
-
-    Raises:
-        InputError: it holds something else; the message names what differs.
-    """
+def _plan(
+    request: Request, identity: str, chosen: Sequence[tuple[StageSettings, ...]], data: EvaluationSet
+) -> dict[str, Any]:
+    """What tells this evaluation from another."""
     plan = {key: value for key, value in asdict(request).items() if key not in _FREE}
-    begin_folder(out, PLAN, plan | {"cascade_sha256": identity, "data_sha256": data.sha256}, "evaluation")
+    hashes = {"cascade": identity, "settings": settings_sha256(chosen), "data": data.sha256}
+    return plan | {f"{name}_sha256": value for name, value in hashes.items()}
 
 
 def draw_chains(drawing: Drawing, wanted: Sequence[Chain]) -> None:

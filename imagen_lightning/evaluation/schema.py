@@ -33,7 +33,8 @@ class Row:
         stage: its name in the cascade.
         input: the low-resolution image that a super-resolution stage was given: "real", "generated" by the stages
             before it, or "chain" where the row is the whole cascade's; None for a base stage.
-        settings: guidance, steps, sampler, aug_level, seed and what else was set, as plain data.
+        settings: guidance, steps, sampler, aug_level, seed, weights and what else was set, as plain data; the groups of
+            a protocol one by one, "sampling.spacing".
         values: the metrics, each the JSON of a `imagen_lightning.metrics.protocol.Value`.
         seconds_per_image: of sampling, or None where it was not measured.
         peak_memory_bytes: of sampling, or None where it was not measured.

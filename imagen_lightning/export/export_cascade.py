@@ -13,7 +13,7 @@ from imagen_lightning.cascade.description import as_module, build_stage
 from imagen_lightning.cascade.folder import stage_entry
 from imagen_lightning.cascade.local import whole_folder
 from imagen_lightning.cascade.manifest import read_manifest
-from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.origin import check_origin, check_record
 from imagen_lightning.cascade.tensors import write_tensors
 from imagen_lightning.cascade.weights import load_stage_weights
 from imagen_lightning.components import describe_args
@@ -54,6 +54,7 @@ def export_cascade(cascade: str | Path, out: str | Path, text_encoder: str | Non
         what = f"stage {entry['name']!r} of {path}"
         stages.append(build_stage(entry["stage"], (), what))
         stages[-1].origin = check_origin(entry.get("origin"), what)
+        stages[-1].weights_record = check_record(entry["weights"].get("record"), what)
     configs = _all_configs(stages)
     encoder = stages[0].text.encoder
     assert isinstance(encoder, T5TextEncoder)
@@ -93,7 +94,7 @@ def _all_configs(stages: list[DiffusionMixin]) -> list[StageConfigs]:
 
 def _settings(stage: DiffusionMixin) -> dict[str, Any]:
     entry = stage_entry(stage)
-    return {"stage": entry["stage"], "origin": entry["origin"]}
+    return {"stage": entry["stage"], "origin": entry["origin"], "weights_record": stage.weights_record}
 
 
 def _write_configs(folder: Path, configs: StageConfigs, with_text: bool) -> None:

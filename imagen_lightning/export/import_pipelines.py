@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.cascade.description import as_module, build_stage, share_encoders, without_weights
-from imagen_lightning.cascade.origin import check_origin
+from imagen_lightning.cascade.origin import check_origin, check_record
 from imagen_lightning.cascade.weights import find_dtype, put_tensors
 from imagen_lightning.components import describe
 from imagen_lightning.diffusion import LowResAugmentation
@@ -78,6 +78,7 @@ def import_pipelines(
         stages.append(_stage(folder, encoder, size))
     cascade = Cascade(share_encoders(stages))
     for folder, stage in zip(folders, stages):
+        stage.weights_record = stage.weights_record or {"kind": "imported", "format": "diffusers"}
         put_tensors(as_module(stage), dict(_tensors(folder, stage, find_dtype(dtype))))
     return cascade
 
@@ -155,6 +156,7 @@ def _described(folder: PipelineFolder, encoder: T5TextEncoder) -> DiffusionMixin
     if not describes(stage, folder):
         return None
     stage.origin = check_origin(settings.get("origin"), what)
+    stage.weights_record = check_record(settings.get("weights_record"), what)
     return stage
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from imagen_lightning import __version__
 from imagen_lightning.cascade.description import low_res_size, num_parameters, stage_name
-from imagen_lightning.cascade.origin import licences
+from imagen_lightning.cascade.origin import licences, weights_words
 from imagen_lightning.export.diffusers_folder import BASE, SUPER_RESOLUTION
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.text import T5TextEncoder
@@ -82,10 +82,11 @@ def _texts(stages: Sequence[DiffusionMixin]) -> str:
 
 
 def _origin(stage: DiffusionMixin) -> str:
+    weights = f"Weights: {weights_words(stage)}."
     if stage.origin is None:
-        return f"- {stage_name(stage)}: trained with imagen-lightning from the start, or not recorded."
+        return f"- {stage_name(stage)}: trained with imagen-lightning from the start, or not recorded. {weights}"
     said = _without(stage.origin, "licence_text")
-    return f"- {stage_name(stage)}: `{json.dumps(said, ensure_ascii=False)}`"
+    return f"- {stage_name(stage)}: `{json.dumps(said, ensure_ascii=False)}`. {weights}"
 
 
 def _data(stages: Sequence[DiffusionMixin]) -> Iterator[str]:

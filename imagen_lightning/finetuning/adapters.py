@@ -21,6 +21,7 @@ from torch import Tensor
 from imagen_lightning.cascade.checkpoints import checkpoint_file, read_checkpoint, stage_from_checkpoint
 from imagen_lightning.cascade.description import as_module, stage_name
 from imagen_lightning.cascade.local import first_line, refuse_address, whole_folder
+from imagen_lightning.cascade.origin import check_record, merged_record
 from imagen_lightning.components import describe
 from imagen_lightning.export import diffusers_adapter, peft_adapter
 from imagen_lightning.networks.lora import Factors, add_factors, check_factors, factors, weights_digest
@@ -40,10 +41,13 @@ class Adapter:
     Attributes:
         layers: the factors of each adapted layer, by its name in the network.
         base: the identity of the stage that it is for (`base_identity`), None where a file does not say.
+        weights_record: whether its factors are an average (see `imagen_lightning.cascade.origin`), None where a file
+            does not say.
     """
 
     layers: dict[str, Factors]
     base: dict[str, Any] | None
+    weights_record: dict[str, Any] | None = None
 
 
 def base_identity(stage: DiffusionMixin) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def of_run(path: str | Path, trust: Iterable[str] = ()) -> Adapter:
             f"{str(path)!r} trained other weights beside its adapter: they were {before} and are {base['weights']}; "
             "make a cascade of it"
         )
-    return Adapter(factors(stage.network), base)
+    return Adapter(factors(stage.network), base, stage.weights_record)
 
 
 # ---- files
@@ -109,7 +113,8 @@ def save(adapter: Adapter, folder: str | Path, format: str = "peft") -> None:
     else:
         files = diffusers_adapter.to_files(adapter.layers, _network_arguments(adapter.base))
     ranks = {name: each.a.shape[0] for name, each in sorted(adapter.layers.items())}
-    header = {KEY: json.dumps({"version": VERSION, "base": adapter.base, "ranks": ranks})}
+    said = {"version": VERSION, "base": adapter.base, "ranks": ranks, "weights_record": adapter.weights_record}
+    header = {KEY: json.dumps(said)}
     with whole_folder(folder) as partial:
         for name, tensors in files.tensors.items():
             plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -143,7 +148,7 @@ def load(path: str | Path, stage: DiffusionMixin) -> Adapter:
             layers = peft_adapter.from_files(tensors, file.with_name(peft_adapter.CONFIG))
         else:
             layers = diffusers_adapter.from_tensors(tensors, header, describe(stage.network))
-        adapter = Adapter(layers, said.get("base"))
+        adapter = Adapter(layers, said.get("base"), check_record(said.get("weights_record"), "its metadata"))
         if adapter.base is None:
             warnings.warn(
                 f"{what} does not say which base it is for; names and shapes alone were checked", stacklevel=2
@@ -279,3 +284,4 @@ def apply(stage: DiffusionMixin, adapters: Sequence[tuple[str | Path, float]]) -
     loaded = [(load(path, stage), weight) for path, weight in adapters]  # all are checked before any is added
     for adapter, weight in loaded:
         add_factors(stage.network, adapter.layers, weight)
+    stage.weights_record = merged_record(stage.weights_record, [adapter.weights_record for adapter, _ in loaded])

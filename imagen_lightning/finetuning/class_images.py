@@ -6,11 +6,9 @@ base stage is then trained on what the base drew, and a super-resolution stage o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,18 @@ from imagen_lightning import __version__
 from imagen_lightning.cascade import Cascade, StageSettings
 from imagen_lightning.cascade.manifest import read_manifest
 from imagen_lightning.cascade.origin import descended
-from imagen_lightning.cascade.sampling import find_stage
+from imagen_lightning.cascade.sampling import find_stage, text_identity
 from imagen_lightning.data.class_images import FORMAT, RECORD, VERSION, partial_folder, read_record
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import plain, write_json, write_text
 from imagen_lightning.images import save_png, to_pil
+from imagen_lightning.io.locks import holder_path, locked
 
-REQUEST = "request.json"
-_NAMES = {"prompts": "captions", "num": "number", "stages": "sampling", "weights": "weights of the cascade"}
+REQUEST, LOCK = "request.json", ".lock"
+_NAMES = {
+    **{"prompts": "captions", "num": "number", "stages": "sampling"},
+    **{"weights": "weights of the cascade", "text": "text encoder"},
+}
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,17 @@ def draw_class_images(
         "precision": precision,
         "stages": [_described(cascade, number, setting) for number, setting in enumerate(settings)],
         "weights": {setting.stage: weights.get(setting.stage) for setting in settings},
+        "text": {setting.stage: text_identity(stage) for setting, stage in zip(settings, cascade.stages)},
     }
     request = json.loads(json.dumps(plain(request)))  # as it is read back
     names = [setting.stage for setting in settings]
     if _is_finished(out, request):
         return Drawn(out, num, 0, names)
+    partial = partial_folder(out)
     try:
-        with _alone(partial_folder(out)) as partial:
+        with locked(partial / LOCK, f"class images {str(out)!r}"):
+            if _is_finished(out, request):  # by another process meanwhile
+                return Drawn(out, num, 0, names)
             _begin(partial, request)
             made = 0
             for rows in _missing(partial, names, num, batch_size):
@@ -204,20 +210,6 @@ def _finish(partial: Path, out: Path, request: Mapping[str, Any]) -> None:
         **request,
     }
     write_json(partial / RECORD, record)
-    (partial / REQUEST).unlink()
+    for path in (partial / REQUEST, holder_path(partial / LOCK), partial / LOCK):
+        path.unlink()
     os.replace(partial, out)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """The folder, made if need be, while no other process draws into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process draws into {str(folder)!r}; wait for its end") from None
-        yield folder
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ import torch
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import EvaluationSet
-from imagen_lightning.evaluation.drawing import write_png
-from imagen_lightning.evaluation.identity import cascade_sha256
+from imagen_lightning.evaluation.identity import drawing_sha256, images_sha256
 from imagen_lightning.evaluation.measures import Measurer
 from imagen_lightning.evaluation.processes import own_device, processes
 from imagen_lightning.evaluation.run import PLAN, make_measurer
 from imagen_lightning.evaluation.run import Request as EvaluationRequest
-from imagen_lightning.files import begin_folder, unwritable
+from imagen_lightning.files import begun_folder, unwritable
 from imagen_lightning.finetuning.evidence_copies import Group, find_copies
 from imagen_lightning.finetuning.evidence_data import NEW, OLD, OWN, TRAINED, EvidenceRequest, Sets, load_sets
 from imagen_lightning.finetuning.evidence_differences import differences
@@ -33,7 +33,7 @@ from imagen_lightning.finetuning.evidence_pair import changes, is_trained, match
 from imagen_lightning.finetuning.evidence_schema import Evidence, Part
 from imagen_lightning.finetuning.evidence_sides import DrawingOptions, Side, draw_side, features_of
 from imagen_lightning.finetuning.evidence_words import copying_verdict, part_sentence, verdict
-from imagen_lightning.images import to_pil
+from imagen_lightning.images import save_png, to_pil
 from imagen_lightning.provenance import git_revision, versions
 
 NUM_SHOWN = 12  # captions of a grid
@@ -53,9 +53,9 @@ def gather(request: EvidenceRequest, out: Path) -> Evidence | None:
     sets = load_sets(request, [new for _, new in pairs])
     measurers = _measurers(request, out, device, sets)
     try:
-        with processes() as (share, meet):
+        with processes() as (share, meet), ExitStack() as stack:
             if share.rank == 0:
-                _begin(out, request, sets)
+                stack.enter_context(begun_folder(out, PLAN, _plan(request, sets), "comparison"))
             meet()
             options = DrawingOptions(
                 request.samples or out / "samples", request.guidance, request.steps, request.seed, request.batch_size,
@@ -82,7 +82,7 @@ def _side(
 ) -> Side:
     """What one cascade draws; it is loaded here and let go: two large ones may not fit."""
     cascade = Cascade.load(folder, device, trust=request.trust)
-    return draw_side(cascade, cascade_sha256(folder), sets, options, measurers)
+    return draw_side(cascade, drawing_sha256(folder, cascade), sets, options, measurers)
 
 
 def _evidence(
@@ -141,18 +141,15 @@ def _measurers(request: EvidenceRequest, out: Path, device: str, sets: Sets) -> 
     return found
 
 
-def _begin(out: Path, request: EvidenceRequest, sets: Sets) -> None:
-    """Makes `out`, or checks that it holds this very comparison.
-
-    Raises:
-        InputError: it holds something else; the message names what differs.
-    """
+def _plan(request: EvidenceRequest, sets: Sets) -> dict[str, Any]:
+    """What tells this comparison from another."""
     plan: dict[str, Any] = {key: value for key, value in asdict(request).items() if key not in _FREE}
-    plan |= {f"{side}_sha256": cascade_sha256(getattr(request, side)) for side in ("before", "after")}
+    for side in ("before", "after"):
+        plan[f"{side}_sha256"] = images_sha256(getattr(request, side), request.trust, request.guidance, request.steps)
     plan |= {f"{name}_sha256": data.sha256 for name, data in sets.drawn(True).items()}
     if sets.training is not None:
         plan["training_sha256"] = sets.training.sha256
-    begin_folder(out, PLAN, plan, "comparison")
+    return plan
 
 
 def _part(name: str, data: EvaluationSet, sides: list[Side], measurer: Measurer) -> Part:
@@ -204,7 +201,7 @@ def _grids(sets: Sets, sides: list[Side], out: Path) -> Iterator[dict[str, Any]]
             for side, found in images.items():
                 if found is not None:
                     cell[side] = f"shown/{name}-{side}-{number:05d}.png"
-                    write_png(to_pil(found[number : number + 1][0]), out / cell[side])
+                    save_png(to_pil(found[number : number + 1][0]), out / cell[side])
             cells.append(cell)
         yield {"title": title, "cells": cells}
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_lightning.evaluation.drawing import write_png
 from imagen_lightning.evaluation.image_set import ImageSet, reduce
 from imagen_lightning.finetuning.evidence_copying import (
     AUTHENTICITY,
@@ -23,7 +22,7 @@ from imagen_lightning.finetuning.evidence_copying import (
 )
 from imagen_lightning.finetuning.evidence_data import TrainingSet
 from imagen_lightning.finetuning.evidence_words import EVERYWHERE, HELD_OUT, copying_sentence
-from imagen_lightning.images import to_pil
+from imagen_lightning.images import save_png, to_pil
 from imagen_lightning.metrics.features import FeatureExtractor
 from imagen_lightning.metrics.protocol import Protocol
 from imagen_lightning.metrics.values import share_value
@@ -163,12 +162,12 @@ def _shown(
     for place, number in _chosen(found):
         group = groups[place]
         sample = f"{FOLDER}/sample-{place}-{number:05d}.png"
-        write_png(to_pil(group.images[number : number + 1][0]), out / sample)
+        save_png(to_pil(group.images[number : number + 1][0]), out / sample)
         nearest = {}
         for space, own in found[place].items():
             near = int(own.numbers[number])
             picture = f"{FOLDER}/training-{near:05d}.png"
-            write_png(to_pil(training.images[near : near + 1][0]), out / picture)
+            save_png(to_pil(training.images[near : near + 1][0]), out / picture)
             ratio = float(own.ratios[number])
             nearest[space] = {
                 "image": picture,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from imagen_lightning.cascade import Cascade, StageSettings
+from imagen_lightning.cascade.origin import weights_kinds
+from imagen_lightning.cascade.sampling import protocol_fields
 from imagen_lightning.evaluation.data import EvaluationSet
 from imagen_lightning.evaluation.drawing import Chain, Drawing, Part
 from imagen_lightning.evaluation.image_set import ImageSet
@@ -55,6 +57,7 @@ class Side:
 
     Attributes:
         settings: of its stages.
+        weights: what they are, as a protocol says it.
         precision, seed: of the drawing.
         images: of the whole cascade, read from their files.
         captions: of each set.
@@ -64,6 +67,7 @@ class Side:
     """
 
     settings: Sequence[StageSettings]
+    weights: str | list[str]
     precision: str
     seed: int
     images: dict[str, ImageSet] = field(default_factory=dict)
@@ -74,19 +78,15 @@ class Side:
 
     def protocol(self, name: str) -> Protocol:
         """How the images of a set were made, before anything is measured."""
-        made: dict[str, Any] = {
-            key: [getattr(setting, key) for setting in self.settings] for key in ("guidance", "steps", "aug_level")
-        }
         return Protocol(
             "none",
             image_size=self.images[name].size,
             num_samples=len(self.images[name]),
             prompts=digest_texts(self.captions[name]),
-            weights="ema",
+            weights=self.weights,
             precision=self.precision,
-            sampler=[type(setting.sampler).__name__ for setting in self.settings],
             seed=self.seed,
-            **made,
+            **protocol_fields(setting.described() for setting in self.settings),
         )
 
 
@@ -101,7 +101,7 @@ def draw_side(
 
     Args:
         cascade: on its device.
-        identity: a hash of its weights and settings.
+        identity: a hash of its weights (see `evaluation.identity`).
         sets: by name.
         options: how to draw.
         measurers: by the name of a set.
@@ -110,7 +110,7 @@ def draw_side(
         InputError: settings that the cascade refuses.
     """
     settings = tuple(cascade.settings(guidance=options.guidance, steps=options.steps))
-    side = Side(settings, options.precision, options.seed)
+    side = Side(settings, weights_kinds(cascade.stages), options.precision, options.seed)
     for name, data in sets.items():
         drawing = Drawing(
             cascade,

@@ -19,7 +19,7 @@ import lightning
 
 from imagen_lightning.cascade.description import build_stage
 from imagen_lightning.cascade.manifest import read_manifest
-from imagen_lightning.cascade.origin import descended
+from imagen_lightning.cascade.origin import check_record, descended
 from imagen_lightning.cascade.sampling import find_stage
 from imagen_lightning.cascade.weights import load_stage_weights
 from imagen_lightning.components import build
@@ -149,7 +149,7 @@ def from_cascade(
         )
     module = cast(lightning.LightningModule, made)
     load_stage_weights(module, path.parent, entry, what, dtype)
-    made.origin = descended(entry, path)
+    made.origin, made.weights_record = descended(entry, path), check_record(entry["weights"].get("record"), what)
     _choose_trained(made, adapter, tokens, optimization)
     return module.train()
 

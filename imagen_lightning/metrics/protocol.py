@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from imagen_lightning.errors import InputError, counted
 
 Setting = float | str | Sequence[float | str | None] | None
+Settings = Mapping[str, Setting]
 
 MEASURED = (
     "metric",
@@ -23,11 +24,13 @@ MEASURED = (
     "reference",
     "reference_name",
     "prompts",
-    "weights",
     "precision",
     "settings",
 )
-MADE = ("guidance", "steps", "sampler", "aug_level", "seed")
+MADE = ("weights", "guidance", "steps", "sampler", "aug_level", "seed", "sampling", "process")
+GROUPS = ("sampling", "process")
+EMA, RAW, IMPORTED, MERGED, NOT_RECORDED = "ema", "raw", "imported", "merged", "not recorded"
+WEIGHTS = (EMA, RAW, IMPORTED, MERGED, NOT_RECORDED)
 
 _WORDS = {
     "metric": "metric",
@@ -47,6 +50,8 @@ _WORDS = {
     "sampler": "sampler",
     "aug_level": "augmentation level",
     "seed": "seed",
+    "sampling": "sampling",
+    "process": "model",
 }
 
 
@@ -57,7 +62,8 @@ class Protocol:
     The fields of `MEASURED` say how pictures were measured, those of `MADE` how they were sampled. Values that differ
     in any field are not comparable, save in a field that is itself compared: the points of a sweep over guidance differ
     in guidance and in nothing else. Such fields are named to `differences`, `key`, `columns` and `refuse_mixed` as
-    `compared`; only those of `MADE` can be, and how pictures are measured is never what is compared.
+    `compared`; only those of `MADE` can be, and how pictures are measured is never what is compared. One setting of
+    the groups `sampling` and `process` is named with its group: "sampling.spacing".
 
     Attributes:
         metric: "FID", "FD-random", "KID", "CLIP score", …
@@ -69,17 +75,19 @@ class Protocol:
         reference: SHA-256 of the reference pictures or of their statistics.
         reference_name: what people call them. No difference by itself where both hashes are known.
         prompts: SHA-256 of the captions the pictures were sampled from (`digests.digest_texts`).
-        weights: "ema" or "raw".
         precision: in which the model sampled, "float32", "bf16-mixed", ….
         settings: of the metric itself, in words, "k=3" or "100 subsets of 1000".
-        guidance: guidance weight. This and the next three are one value, or one a stage for a cascade.
+        weights: one of `WEIGHTS`. This and the next four are one value, or one a stage for a cascade.
+        guidance: guidance weight.
         steps: sampling steps.
-        sampler: sampler and spacing.
+        sampler: sampler with its arguments.
         aug_level: noise level of the low-resolution input.
         seed: of the sampling noise.
+        sampling: the stages' other settings of sampling by name: spacing, thresholding, guidance interval, …
+        process: what else of the model decides a sample, by name: noise schedule, parametrization, text encoder, …
 
     Raises:
-        InputError: no metric, weights that are neither "ema" nor "raw".
+        InputError: no metric, unknown weights.
     """
 
     metric: str
@@ -91,22 +99,25 @@ class Protocol:
     reference: str | None = None
     reference_name: str | None = None
     prompts: str | None = None
-    weights: str | None = None
     precision: str | None = None
     settings: str | None = None
+    weights: Setting = None
     guidance: Setting = None
     steps: Setting = None
     sampler: Setting = None
     aug_level: Setting = None
     seed: Setting = None
+    sampling: Settings | None = None
+    process: Settings | None = None
 
     def __post_init__(self) -> None:
         if not self.metric:
             raise InputError("a protocol needs the name of its metric")
-        if self.weights not in (None, "ema", "raw"):
-            raise InputError(f"weights {self.weights!r} of a protocol are unknown; use 'ema' or 'raw'")
         for name in MADE:
             object.__setattr__(self, name, _plain(getattr(self, name)))
+        for kind in self.weights if isinstance(self.weights, tuple) else (self.weights,):
+            if kind not in (None, *WEIGHTS):
+                raise InputError(f"weights {kind!r} of a protocol are unknown; use one of {', '.join(WEIGHTS)}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`, without the fields that do not apply."""
@@ -131,21 +142,32 @@ class Protocol:
         kept = self.to_json()
         if self.reference is not None:
             kept.pop("reference_name", None)
-        for name in _checked(compared):
-            kept.pop(name, None)
+        kept = flat(kept)
+        for compared_name in _checked(compared):
+            for name in [name for name in kept if name == compared_name or name.startswith(f"{compared_name}.")]:
+                del kept[name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def differences(self, other: Protocol, compared: Collection[str] = ()) -> list[str]:
         """In words, one an unequal field: ["number of samples: 1000 and 5000"]; empty where values are comparable."""
-        _checked(compared)
-        ignored = {*compared}
+        ignored = {*_checked(compared)}
         if self.reference is not None and other.reference is not None:
             ignored.add("reference_name")
-        return [
+        found = [
             f"{_WORDS[name]}: {_words(getattr(self, name))} and {_words(getattr(other, name))}"
             for name in (*MEASURED, *MADE)
-            if name not in ignored and getattr(self, name) != getattr(other, name)
+            if name not in (*ignored, *GROUPS) and getattr(self, name) != getattr(other, name)
         ]
+        for group in GROUPS:
+            if group in ignored:
+                continue
+            mine, theirs = getattr(self, group) or {}, getattr(other, group) or {}
+            found += [
+                f"{setting_title(name)}: {_words(mine.get(name))} and {_words(theirs.get(name))}"
+                for name in dict.fromkeys([*mine, *theirs])
+                if f"{group}.{name}" not in ignored and mine.get(name) != theirs.get(name)
+            ]
+        return found
 
 
 @dataclass(frozen=True)
@@ -237,19 +259,41 @@ def refuse_mixed(values: Iterable[Value], compared: Collection[str] = ()) -> Non
         )
 
 
+def setting_title(name: str) -> str:
+    """Return a setting's name for people: "aug level", "diffusion schedule" of "process.diffusion.schedule"."""
+    for group in GROUPS:
+        name = name.removeprefix(f"{group}.")
+    return name.replace(".", " ").replace("_", " ")
+
+
+def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a protocol's fields with each setting of the groups by itself: "sampling.spacing"."""
+    flattened: dict[str, Any] = {}
+    for name, value in fields.items():
+        flattened |= {f"{name}.{key}": item for key, item in value.items()} if name in GROUPS else {name: value}
+    return flattened
+
+
+def is_made(name: str) -> bool:
+    """Return whether a setting says how images were made, and so can be what a table compares."""
+    return name in MADE or name.partition(".")[0] in GROUPS
+
+
 def _checked(compared: Collection[str]) -> Collection[str]:
     for name in compared:
-        if name not in MADE:
+        if not is_made(name):
             raise InputError(f"{name!r} cannot be what is compared; use one of {', '.join(MADE)}")
     return compared
 
 
-def _plain(value: Setting) -> Setting:
-    """Lists as tuples, and whole floats as ints, so that 3 and 3.0 are one setting."""
+def _plain(value: Any) -> Any:
+    """Lists as tuples, and whole floats as ints, so that 3 and 3.0 are one setting; None for no settings."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()} or None
     if isinstance(value, str) or value is None:
         return value
     if isinstance(value, Sequence):
-        return tuple(_plain(item) for item in value)  # type: ignore[misc]
+        return tuple(_plain(item) for item in value)
     return int(value) if float(value).is_integer() else value
 
 

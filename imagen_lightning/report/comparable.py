@@ -20,6 +20,7 @@ NUM_LAST = 20  # logged values of the training loss that its mean is taken over
 _OF_MODEL = ("image_size", "low_res_size", "crop_size", "diffusion", "augmentation")
 # … and all of the data but how it is loaded, and in which order.
 _LOADING = ("batch_size", "num_workers", "window", "max_skip_share", "seed")
+OF_THE_MODEL = ("process",)  # of a protocol: runs are compared in what model they train, which the page shows apart
 _TRAINING_DATA = ("train", "random_flip")
 
 

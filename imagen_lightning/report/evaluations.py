@@ -11,7 +11,7 @@ from typing import Any
 from imagen_lightning.catalog import CAPTIONS, IMAGES, compares
 from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.schema import Row
-from imagen_lightning.metrics.protocol import MADE, Value
+from imagen_lightning.metrics.protocol import MADE, Value, is_made, setting_title
 from imagen_lightning.report import figures
 from imagen_lightning.report.comparable import ValueColumn, value_columns
 from imagen_lightning.report.markup import Html, element, number
@@ -24,6 +24,7 @@ from imagen_lightning.report.values import protocol_list, value_cell, value_hint
 MOST_PICTURES = 24
 PICTURE_SIDE = 1200  # px
 CATEGORY = "category"
+_ALWAYS_SHOWN = ("guidance", "steps", "sampler", "aug_level", "seed")
 GIVEN = {"real": "real low-res", "generated": "generated low-res", "chain": "whole cascade"}
 
 
@@ -83,9 +84,7 @@ def _value(content: Mapping[str, Any], source: FoundEvaluation, row: Row, proble
 
 def _table(lines: Sequence[Line], several: bool) -> list[Html]:
     """The whole metrics of the lines, and parts of metrics folded away."""
-    names = figures.settings_that_vary([line.row.settings for line in lines])
-    # What the table shows beside the values it compares; how pictures are measured it never does.
-    compared = [name for name in MADE if name in names]
+    names, compared = _compared(lines)
     columns = value_columns([line.values for line in lines], compared)
     head = [
         *([Column("Evaluation")] if several else []),
@@ -102,7 +101,7 @@ def _table(lines: Sequence[Line], several: bool) -> list[Html]:
     ]
     # A sweep's rows are told apart by their settings, a matrix's by their stages.
     first = lines[0].source.evaluation.kind == "sweep"
-    settings = [Column(name.replace("_", " ").capitalize()) for name in names]
+    settings = [Column(setting_title(name).capitalize()) for name in names]
     costs = [Column("s/image", "Seconds of sampling", numeric=True), Column("Memory", "Peak of sampling", numeric=True)]
     if first:
         head += settings
@@ -116,7 +115,7 @@ def _table(lines: Sequence[Line], several: bool) -> list[Html]:
     titles = [*head, *_titles(whole), *costs, *([] if first else settings)]
     made = [
         table(titles, body, caption=f"{counted(len(rows), 'row')}; a title sorts"),
-        protocol_list(columns, compared),
+        protocol_list(columns, names),
     ]
     if parts:
         body = [[*row, *_cells(parts, place)] for place, row in enumerate(rows)]
@@ -124,13 +123,27 @@ def _table(lines: Sequence[Line], several: bool) -> list[Html]:
     return made
 
 
+def _compared(lines: Sequence[Line]) -> tuple[list[str], list[str]]:
+    """Return the settings that a table shows next to its values, and those that may differ within a column of it.
+
+    The latter are all in which the rows differ, real images too, which have none; how images are measured is never one.
+    Stages differ in much that says nothing of a row: the rest is shown where it differs between rows of one stage.
+    """
+    by_place: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_place.setdefault((line.row.stage, line.row.input), []).append(line.row.settings)
+    of_alike = {name for rows in by_place.values() for name in figures.settings_that_vary(rows)}
+    differ = figures.settings_that_vary([line.row.settings for line in lines])
+    return [name for name in differ if name in (*_ALWAYS_SHOWN, *of_alike)], [name for name in differ if is_made(name)]
+
+
 def _by_category(lines: Sequence[Line]) -> list[Html]:
     """The parts of one set of prompts, each with its number of captions, in which alone their values differ."""
     shown = [replace(line, values=tuple(_of_the_set(value) for value in line.values)) for line in lines]
-    names = [name for name in figures.settings_that_vary([line.row.settings for line in shown]) if name != CATEGORY]
-    compared = [name for name in MADE if name in names]
+    names, compared = _compared(shown)
+    names = [name for name in names if name != CATEGORY]
     columns = value_columns([line.values for line in shown], compared)
-    settings = [Column(name.replace("_", " ").capitalize()) for name in names]
+    settings = [Column(setting_title(name).capitalize()) for name in names]
     rows = [
         [
             str(line.row.settings[CATEGORY]),
@@ -141,7 +154,7 @@ def _by_category(lines: Sequence[Line]) -> list[Html]:
         for place, line in enumerate(lines)
     ]
     head: list[Column | str] = ["Category", Column("Captions", numeric=True), *settings, *_titles(columns)]
-    return [table(head, rows, caption=f"{counted(len(rows), 'row')}; a title sorts"), protocol_list(columns, compared)]
+    return [table(head, rows, caption=f"{counted(len(rows), 'row')}; a title sorts"), protocol_list(columns, names)]
 
 
 def _of_the_set(value: Value) -> Value:
@@ -199,8 +212,7 @@ def _pareto(page: Page, lines: Sequence[Line]) -> None:
     styles = figures.styles([f"{name}: {stage}" for name, stage in sweeps])
     plots: dict[tuple[str, str, str, str], list[tuple[figures.Style, list[figures.Point]]]] = {}
     for style, ((_, _), own) in zip(styles, sweeps.items()):
-        varied = figures.settings_that_vary([line.row.settings for line in own])
-        compared = [name for name in MADE if name in varied]
+        _, compared = _compared(own)
         pairs: dict[tuple[str, str, str, str], list[figures.Point]] = {}
         for line, label in zip(own, figures.labels([line.row.settings for line in own])):
             aligned = [value for value in line.values if compares(value.metric) == CAPTIONS]

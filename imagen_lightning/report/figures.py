@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imagen_lightning import catalog
-from imagen_lightning.metrics.protocol import Value
+from imagen_lightning.metrics.protocol import Value, setting_title
 from imagen_lightning.report.curves import smooth, thin
 from imagen_lightning.report.markup import Html, element, number
 from imagen_lightning.report.runs import Curve, Measurement, Run
@@ -305,7 +305,7 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             stages = [column for column in zip(*lists) if len(set(map(repr, column))) > 1]
             values = list(zip(*stages))
         for part, value in zip(parts, values):
-            part.append(f"{name.replace('_', ' ')} {setting(value)}")
+            part.append(f"{setting_title(name)} {setting(value)}")
     return [", ".join(part) for part in parts]
 
 

@@ -13,7 +13,7 @@ from imagen_lightning.errors import counted
 from imagen_lightning.evaluation.schema import Row
 from imagen_lightning.finetuning.evidence_schema import Evidence, Part
 from imagen_lightning.finetuning.evidence_words import leak_words
-from imagen_lightning.metrics.protocol import MADE, Value
+from imagen_lightning.metrics.protocol import MADE, Value, setting_title
 from imagen_lightning.report import figures
 from imagen_lightning.report.comparable import value_columns
 from imagen_lightning.report.evaluations import GIVEN
@@ -144,7 +144,7 @@ def _stage(before: Row, after: Row, real: Sequence[Row]) -> list[Html]:
     # The real images were made by no settings: nothing is compared with them by how it was sampled.
     names = figures.settings_that_vary([before.settings, after.settings])
     columns = [column for column in value_columns(values, MADE) if not column.is_part]
-    head: list[Column | str] = ["Images", *(Column(name.replace("_", " ").capitalize()) for name in names)]
+    head: list[Column | str] = ["Images", *(Column(setting_title(name).capitalize()) for name in names)]
     head += [Column(value_title(column), value_hint(column), numeric=True) for column in columns]
     body = [
         [

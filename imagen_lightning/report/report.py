@@ -82,7 +82,7 @@ def _verdicts(section: Section, sources: Sources) -> None:
 
 def _runs(section: Section, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequence[Yardstick]) -> None:
     values = [comparable.last_values(run, measured) for (_, run), measured in zip(drawn, yardsticks)]
-    columns = comparable.value_columns(values)
+    columns = comparable.value_columns(values, comparable.OF_THE_MODEL)
     all_runs = element("input", type="checkbox", checked=True, data_all=True, aria_label="Show all runs")
     skipped = any(run.num_skipped for _, run in drawn)
     head = [
@@ -107,7 +107,7 @@ def _runs(section: Section, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequ
             ]
         )
     section.add(table(head, rows, caption="A title sorts; unticked runs are left out of figures and samples"))
-    section.add(protocol_list(columns))
+    section.add(protocol_list(columns, comparable.OF_THE_MODEL))
 
 
 def _speed(run: Run) -> Cell:
@@ -181,7 +181,7 @@ def _metrics(page: Page, drawn: Sequence[tuple[Style, Run]], yardsticks: Sequenc
         protocol, digest = None, ""
         for item in comparable.measurements(run, measured):
             if item.value.protocol is not protocol:  # those of metrics.csv share one
-                protocol, digest = item.value.protocol, item.value.protocol.key()
+                protocol, digest = item.value.protocol, item.value.protocol.key(comparable.OF_THE_MODEL)
             key = item.value.metric, digest
             groups.setdefault(key, {}).setdefault(number_, (style, []))[1].append(item)
             labels.setdefault(key, measured.label)

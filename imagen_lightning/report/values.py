@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from imagen_lightning.catalog import higher_is_better
 from imagen_lightning.errors import counted
 from imagen_lightning.metrics.alike import is_alike
-from imagen_lightning.metrics.protocol import Protocol, Value
+from imagen_lightning.metrics.protocol import Protocol, Value, flat, setting_title
 from imagen_lightning.report.comparable import ValueColumn
 from imagen_lightning.report.figures import setting
 from imagen_lightning.report.markup import Html, element, join, measured
@@ -114,8 +114,8 @@ def _described(facts: Mapping[str, str], known: Mapping[str, Mapping[str, str]])
 
 
 def _changes(facts: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    names = [name for name in _WORDS if facts.get(name) != other.get(name)]
-    return [facts.get(name, f"{name.replace('_', ' ')}: none") for name in names]
+    names = [name for name in dict.fromkeys([*facts, *other]) if facts.get(name) != other.get(name)]
+    return [facts.get(name, f"{setting_title(name)}: none") for name in names]
 
 
 def _directions(columns: Sequence[ValueColumn]) -> Html:
@@ -134,10 +134,11 @@ def _directions(columns: Sequence[ValueColumn]) -> Html:
 def protocol_facts(protocol: Protocol, without: Collection[str] = ()) -> dict[str, str]:
     """A protocol's fields in words, by name."""
     facts = {}
-    content = protocol.to_json()
-    for name, pattern in _WORDS.items():
+    content = flat(protocol.to_json())
+    patterns = {name: _WORDS.get(name, f"{setting_title(name)} {{}}") for name in [*_WORDS, *content]}
+    for name, pattern in patterns.items():
         value = content.get(name)
-        if value is not None and name not in without:
+        if value is not None and not {name, name.partition(".")[0]} & {*without} and name != "metric":
             if name == "num_samples":
                 facts[name] = counted(int(value), "sample")
                 continue

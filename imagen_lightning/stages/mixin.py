@@ -67,6 +67,7 @@ class DiffusionMixin:
     record: StepRecord | None
     mean_loss: Means  # of training, since it was last logged
     mean_val_loss: Means
+    weights_record: dict[str, Any] | None = None  # what the weights are, {"kind": "ema", …}; None: unknown
     origin: dict[str, Any] | None = None  # where imported or inherited weights come from, licences included: plain data
 
     def prepare(self) -> None:
@@ -134,6 +135,9 @@ class DiffusionMixin:
     def condition(self, batch: Batch, seed: int, training: bool) -> tuple[Tensor, Conditioning]:
         """The images x0 in [-1, 1] and what the network is told; the one thing that differs between stages."""
         raise NotImplementedError
+
+    def on_train_start(self) -> None:
+        self.weights_record = {"kind": "raw"}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0, conditioning = self.condition(batch, self.seed, training=True)
@@ -376,15 +380,16 @@ class DiffusionMixin:
         # Plain data from which `load_from_checkpoint` and Cascade.from_checkpoints rebuild the stage.
         checkpoint["hyper_parameters"] = {**self.hyperparameters(), "_instantiator": f"{__name__}.instantiate"}
         checkpoint["origin"] = self.origin
+        checkpoint.setdefault("weights_record", self.weights_record)  # unless the EMA's callback has put its average in
         checkpoint["stage_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
         checkpoint["base_digest"] = self.base_digest
         if (trainer := getattr(self, "_trainer", None)) is not None:
             checkpoint["mean_loss"] = self.mean_loss.parts(trainer.strategy)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.origin = checkpoint.get("origin")
         if (trainer := getattr(self, "_trainer", None)) is not None and "mean_loss" in checkpoint:
             self.mean_loss.restore(checkpoint["mean_loss"], trainer.global_rank, trainer.world_size)
+        self.origin, self.weights_record = checkpoint.get("origin"), checkpoint.get("weights_record")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The stage's arguments as plain data, without those that only training uses."""

@@ -100,7 +100,7 @@ def test_draws_what_the_averaged_stage_draws(fit, make_base, make_sr, make_data,
     ((images, protocol),) = seen.seen
     assert torch.equal(images, draw.images)
     assert (images[0].int() - images[1].int()).abs().max() > 20
-    wanted = {"weights": "ema", "precision": "32-true", "guidance": 2, "steps": 3, "sampler": "DDIM", "seed": 5}
+    wanted = {"weights": "ema", "precision": "32-true", "guidance": 2, "steps": 3, "sampler": "DDIM(eta=1)", "seed": 5}
     wanted |= {"image_size": 8, "num_samples": 5, "prompts": digest_texts(captions[:5])}
     wanted["aug_level"] = 0.2 if kind == "sr" else None
     assert {name: getattr(protocol, name) for name in wanted} == wanted
@@ -289,7 +289,7 @@ def test_refusals(fit, make_sr, make_shards, make_data, tmp_path):
         fit([Seen(prompts=PROMPTS)], stage=make_sr(), folder=run)
     with pytest.raises(InputError, match=r"aug_level 0\.2 is for super-resolution stages; drop it"):
         fit([Seen(aug_level=0.2)], folder=run)
-    with pytest.raises(InputError, match=r"aug_level 1\.5 must be in \[0, 1\.0\]"):
+    with pytest.raises(InputError, match=r"aug_level 1\.5 of stage .sr_8. must be in \[0, 1\]"):
         fit([Seen(aug_level=1.5)], stage=make_sr(), folder=run)
     with pytest.raises(InputError, match=r"was given images of \(16, 16\) px for a stage of 8 px; set data\.init_args"):
         fit([Seen()], datamodule=make_data(image_size=16), folder=run)

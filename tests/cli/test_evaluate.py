@@ -57,11 +57,12 @@ def test_the_matrix(cascade, capsys):
         protocol = distance.protocol
         assert protocol.extractor_sha256
         assert protocol.reference
-        assert (protocol.num_samples, protocol.seed, protocol.weights) == (6, 0, "ema")
+        assert (protocol.num_samples, protocol.seed) == (6, 0)
+        assert {protocol.weights} <= {"not recorded", ("not recorded", "not recorded")}
         assert distance.low <= distance.value <= distance.high
         assert row.seconds_per_image > 0
     assert found.environment["command"].startswith("imagen-lightning evaluate cascade --data shapes")
-    assert {path.name for path in (cascade / "eval").iterdir()} == {
+    assert {path.name for path in (cascade / "eval").iterdir() if path.name != ".lock"} == {
         "evaluation.json", "measured", "plan.json", "samples"
     }  # fmt: skip
 

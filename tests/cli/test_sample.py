@@ -12,11 +12,14 @@ from PIL import Image
 
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.cli.main import main
+from imagen_lightning.cli.sample import _own_folder
 from imagen_lightning.images import from_pil, to_pil
+from imagen_lightning.metrics.digests import digest_tensors
 from imagen_lightning.networks import EfficientUNet, UNet
 from imagen_lightning.samplers import DDPM
 from imagen_lightning.stages import BaseStage, Sampling, SuperResolutionStage, TextSettings
 from imagen_lightning.text import TinyTextEncoder
+from imagen_lightning.types import InputError
 
 SMALL = {"dim": 8, "multipliers": [1], "num_blocks": 1, "head_dim": 8, "groups": 4}
 
@@ -207,6 +210,37 @@ def test_without_out_samples_go_to_the_next_free_folder(folder, tmp_path, capsys
         assert main(["sample", str(folder), "--prompt", "x"]) == 0
         assert f"Wrote 1 image, grid.png and samples.json to samples/{name}" in capsys.readouterr().out
         assert (tmp_path / "samples" / name / "00000.png").exists()
+
+
+def test_two_at_once_share_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with _own_folder(None) as first, _own_folder(None) as second:
+        assert [str(first), str(second)] == ["samples/0001", "samples/0002"]
+        with pytest.raises(InputError, match=r"'samples/0001' is in use by process .*; give another folder"):
+            _own_folder("samples/0001").__enter__()
+    with pytest.raises(ZeroDivisionError), _own_folder("deep/out"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []  # where nothing was written
+    with _own_folder(None) as first:
+        (first / "samples.json").touch()
+    assert [path.name for path in first.iterdir()] == ["samples.json"]
+
+
+def test_the_record_says_all_that_made_the_images(folder, tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(tmp_path / "low.png")
+    command = ["sample", str(folder), "--prompt", "x", "--low-res", str(tmp_path / "low.png"), "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    cascade = Cascade.load(folder)
+    (stage,) = record["stages"]
+    (expected,) = [setting.described() for setting in cascade.settings()[1:]]
+    assert {key: stage[key] for key in expected} == json.loads(json.dumps(expected))
+    assert stage["sampling"]["thresholding"]["class_path"] == "imagen_lightning.diffusion.StaticThresholding"
+    entry = json.loads((folder / "cascade.json").read_text())["stages"][1]
+    assert stage["weights"] == {"kind": "not recorded", "sha256": [entry["weights"]["sha256"]]}
+    assert stage["text"] == cascade.stages[1].text.encoder.identity()
+    assert record["low_res_sha256"] == digest_tensors([from_pil(picture)])
 
 
 # ---- cascade

@@ -1,6 +1,7 @@
 """Drawing once: the chain's own images, kept, gone on with, and shared by processes."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.evaluation.data import load_evaluation_set
 from imagen_lightning.evaluation.drawing import Chain, Drawing, Part, chains
 from imagen_lightning.images import downsample, to_float, to_uint8
+from imagen_lightning.io.locks import locked
 
 NUM = 5
 
@@ -117,3 +119,42 @@ def test_images_are_not_held(cascade, draw):
     before = drawn.images[:]
     (drawn.folder / "00000.png").write_bytes((drawn.folder / "00001.png").read_bytes())
     assert torch.equal(drawn.images[:][0], before[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_another_evaluation_waits_whatever_its_number_of_processes(cascade, draw, tmp_path, world_size):
+    chain = Chain(0, 0, tuple(cascade.settings()[:1]))
+    first = draw(part=Part(0, world_size))
+    drawing = threading.Thread(target=first.draw, args=(chain,))
+    with locked(tmp_path / "samples" / f".{first.name(chain)}.lock", "as another evaluation has it"):
+        drawing.start()
+        drawing.join(0.3)
+        assert drawing.is_alive()
+        assert not (tmp_path / "samples" / first.name(chain)).exists()
+        draw(part=Part(1, 2))._draw_missing(chain, first.name(chain), None)  # of that evaluation: it does not wait
+    drawing.join(60)
+    assert not drawing.is_alive()
+
+
+def test_the_first_process_lets_the_others_draw_and_holds_the_lock_until_all_have(cascade, draw, tmp_path):
+    chain = Chain(0, 0, tuple(cascade.settings()[:1]))
+    barrier, held = threading.Barrier(2), []
+    lock = tmp_path / "samples" / f".{draw().name(chain)}.lock"
+
+    def meet():
+        barrier.wait(60)
+        try:
+            with locked(lock, "it"):
+                held.append(False)
+        except InputError:
+            held.append(True)
+        barrier.wait(60)
+
+    parts = [draw(part=Part(rank, 2), meet=meet) for rank in range(2)]
+    threads = [threading.Thread(target=part.draw, args=(chain,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert held == [True] * 4
+    assert len(list((tmp_path / "samples").glob("base-*/*.png"))) == NUM

@@ -4,7 +4,8 @@ import hashlib
 import json
 
 from imagen_lightning.cascade import Cascade
-from imagen_lightning.evaluation.identity import cascade_sha256, weights_sha256
+from imagen_lightning.diffusion import NoThresholding
+from imagen_lightning.evaluation.identity import images_sha256, weights_sha256
 from imagen_lightning.networks import UNet
 from imagen_lightning.stages import BaseStage
 
@@ -24,9 +25,24 @@ def test_weights_in_several_files_are_named_by_all_of_them(tmp_path):
     made = Cascade([stage()])
     made.save(tmp_path / "several", max_shard_size=5000)
     made.save(tmp_path / "again", max_shard_size=5000)
-    before = weights_sha256(tmp_path / "several"), cascade_sha256(tmp_path / "several")
-    assert before == (weights_sha256(tmp_path / "again"), cascade_sha256(tmp_path / "again"))
+    before = weights_sha256(tmp_path / "several"), images_sha256(tmp_path / "several", ())
+    assert before == (weights_sha256(tmp_path / "again"), images_sha256(tmp_path / "again", ()))
     made.stages[0].network.conv_out.bias.data += 1
     made.save(tmp_path / "other", max_shard_size=5000)
-    changed = weights_sha256(tmp_path / "other"), cascade_sha256(tmp_path / "other")
+    changed = weights_sha256(tmp_path / "other"), images_sha256(tmp_path / "other", ())
     assert not set(before) & set(changed)
+
+
+def test_a_rewritten_manifest_of_equal_settings_makes_the_same_images(tmp_path):
+    made = Cascade([stage()])
+    made.save(tmp_path / "cascade")
+    before = images_sha256(tmp_path / "cascade", ())
+    made.metrics.append({"metric": "FID"})
+    made.stages[0].sampling.guidance = 3  # 3.0 before
+    made.stages[0].weights_record = {"kind": "ema"}
+    made.save_manifest(tmp_path / "cascade")
+    assert images_sha256(tmp_path / "cascade", ()) == before
+    made.stages[0].sampling.thresholding = NoThresholding()
+    made.save_manifest(tmp_path / "cascade")
+    assert images_sha256(tmp_path / "cascade", ()) != before
+    assert images_sha256(tmp_path / "cascade", (), guidance=2.0) != images_sha256(tmp_path / "cascade", ())

@@ -63,6 +63,7 @@ def test_what_the_stages_are(saved):
     assert describe(larger.augmentation) == describe(table)
     for stage, source in ((base, saved("stage I")), (larger, saved(SECOND, with_text=False))):
         assert stage.origin["source"] == source.name
+        assert stage.weights_record == {"kind": "imported", "format": "diffusers"}
         assert stage.origin["licence"] == "deepfloyd-if-license"
         assert stage.origin["licence_text"] == "The licence's text.\n"
 
@@ -117,6 +118,7 @@ def test_export_then_import_gives_the_same_cascade(cascade, tmp_path):
     base.text.drop, base.seed, base.sampling.num_steps = 0.25, 3, 40
     larger.aug_level, larger.sampling.guidance, larger.diffusion.variance.vlb_weight = 0.1, 2.5, 0.01
     larger.crop_size = 32
+    base.weights_record = {"kind": "ema", "decay": 0.9}
     loaded.save(tmp_path / "changed")
     for how in ("reference", "copy"):
         folders = export_cascade(tmp_path / "changed", tmp_path / how, text_encoder=how)
@@ -217,6 +219,7 @@ def test_licence_and_origin_reach_manifest_and_card(cascade, tmp_path):
         assert "stage-I" in card
         assert "from_pretrained" in card
     assert all((folder / "LICENSE").read_text() == "The licence's text.\n" for folder in folders)
+    assert 'Weights: imported (format="diffusers").' in (folders[1] / "README.md").read_text()
     assert "noise_level=250" in (folders[1] / "README.md").read_text()
 
 

@@ -1,6 +1,8 @@
 """Class images: what the cascade draws, whole folders, going on where it stopped, and the verb."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from imagen_lightning.data.folder_datamodule import FolderDataModule
 from imagen_lightning.finetuning.class_images import REQUEST, draw_class_images, weights_of
 from imagen_lightning.images import from_pil
 from imagen_lightning.networks import EfficientUNet, UNet
+from imagen_lightning.samplers import LogSNRTimes
 from imagen_lightning.stages import BaseStage, Sampling, SuperResolutionStage, TextSettings
 from imagen_lightning.text import TinyTextEncoder
 from imagen_lightning.types import InputError
@@ -112,7 +115,7 @@ def test_batches_that_are_there_are_not_drawn_again(cascade, tmp_path):
     (tmp_path / "whole").rename(partial_folder(out))
     record = json.loads((partial_folder(out) / RECORD).read_text())
     (partial_folder(out) / RECORD).unlink()
-    request = {key: record[key] for key in ("prompts", "num", "seed", "precision", "stages", "weights")}
+    request = {key: record[key] for key in ("prompts", "num", "seed", "precision", "stages", "weights", "text")}
     (partial_folder(out) / REQUEST).write_text(json.dumps(request))
     (partial_folder(out) / "sr_16/00004.png").unlink()
     reported = []
@@ -136,12 +139,17 @@ def test_base_images_alone(cascade, tmp_path):
         ({"seed": 5}, "seed is 4 there and 5 now"),
         ({"num": 8}, "number is 7 there and 8 now"),
         ({"guidance": 2.5}, "sampling is .* there and .* now"),
+        ({"spacing": LogSNRTimes()}, "sampling is .* there and .* now"),
         ({"weights": {"base": ["11"], "sr_16": ["23"]}}, "weights of the cascade is .*22.* there and .*23.* now"),
     ],
 )
 def test_other_class_images_are_refused(cascade, tmp_path, change, message):
     draw(cascade, tmp_path / "class")
     before = files(tmp_path / "class")
+    if "spacing" in change:
+        stages = [copy.copy(stage) for stage in cascade.stages]
+        stages[0].sampling = replace(stages[0].sampling, **change)
+        cascade, change = Cascade(stages), {}
     with pytest.raises(InputError, match=f"holds other class images: {message}; give another folder"):
         draw(cascade, tmp_path / "class", **change)
     (tmp_path / "class").rename(partial_folder(tmp_path / "class"))

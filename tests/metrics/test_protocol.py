@@ -6,7 +6,7 @@ import torch
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.digests import digest_file, digest_tensors, digest_texts
-from imagen_lightning.metrics.protocol import MADE, MEASURED, Protocol, Value, columns, refuse_mixed
+from imagen_lightning.metrics.protocol import GROUPS, MADE, MEASURED, Protocol, Value, columns, refuse_mixed
 
 FULL = Protocol(
     metric="FID",
@@ -18,14 +18,16 @@ FULL = Protocol(
     reference="a" * 64,
     reference_name="coco",
     prompts="b" * 64,
-    weights="ema",
     precision="float32",
     settings="features 2048",
+    weights=("ema", "raw"),
     guidance=(1.5, 8.0),
     steps=(25, 10),
     sampler=("ddim", "dpmpp"),
     aug_level=(None, 0.1),
     seed=0,
+    sampling={"spacing": ("UniformTimes", "UniformTimes"), "guidance_rescale": (0, 0)},
+    process={"diffusion.schedule": ("CosineSchedule", "CosineSchedule"), "augmentation": (None, "LowResAugmentation")},
 )
 OTHER = {
     "metric": "KID",
@@ -37,14 +39,16 @@ OTHER = {
     "reference": "c" * 64,
     "reference_name": "laion",
     "prompts": "d" * 64,
-    "weights": "raw",
     "precision": "bf16-mixed",
     "settings": "features 768",
+    "weights": "imported",
     "guidance": (1.5, 7.0),
     "steps": (25, 11),
     "sampler": ("ddim", "heun"),
     "aug_level": (None, 0.2),
     "seed": 1,
+    "sampling": {**FULL.sampling, "spacing": ("UniformTimes", "LogSNRTimes(low=-9, high=9)")},
+    "process": {**FULL.process, "augmentation": (None, "LowResAugmentation(max_level=0.5)")},
 }
 
 
@@ -75,7 +79,7 @@ def test_a_field_that_is_missing_parts_values_too(name):
             replace(FULL, metric="")
         return
     other = replace(FULL, **{name: None})
-    assert len(other.differences(FULL)) == 1
+    assert len(other.differences(FULL)) == (2 if name in GROUPS else 1)
     assert FULL.key() != other.key()
 
 
@@ -89,6 +93,20 @@ def test_what_is_compared_parts_no_values_if_it_is_how_they_were_made():
     for name in MEASURED:
         with pytest.raises(InputError, match=f"'{name}' cannot be what is compared"):
             columns(sweep, compared=(name,))
+
+
+def test_one_setting_of_a_group_is_compared_apart_from_the_others():
+    spacing = replace(FULL, sampling=OTHER["sampling"])
+    both = replace(spacing, process=OTHER["process"])
+    assert spacing.differences(FULL) == [
+        "spacing: (UniformTimes, LogSNRTimes(low=-9, high=9)) and (UniformTimes, UniformTimes)"
+    ]
+    for compared in (("sampling",), ("sampling.spacing",)):
+        assert spacing.key(compared) == FULL.key(compared)
+        assert not spacing.differences(FULL, compared)
+        assert both.key(compared) != FULL.key(compared)
+    assert both.key(("sampling.spacing", "process.augmentation")) != FULL.key()
+    assert both.key(MADE) == FULL.key(MADE) == replace(FULL, **dict.fromkeys(MADE)).key()
 
 
 def test_the_refusal_says_why_in_words():
