@@ -11,6 +11,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from imagen_lightning.components import in_words
+from imagen_lightning.metrics.protocol import setting_title
+
 SAMPLES = "samples.json"
 FORMATS = ("PNG", "JPEG", "WEBP")
 Note = Callable[[Path, str], None]
@@ -68,7 +71,7 @@ def read_steps(folder: Path, note: Note) -> list[SampleSet]:
             continue
         try:
             images = [_sample(place, item, "caption", content["seed"], item["image"]) for item in content["images"]]
-            words = f"guidance {content['guidance']}, {content['num_steps']} sampling steps"
+            words = _settings({**content, "steps": content["num_steps"]})
             found.append(SampleSet(place, int(content["step"]), int(content["stage"]), tuple(images), words))
         except (KeyError, TypeError, ValueError):
             note(place / SAMPLES, "lacks what SampleGrid writes, and is left out")
@@ -83,12 +86,22 @@ def read_drawn(folder: Path, note: Note) -> SampleSet | None:
     try:
         images = [_sample(folder, item, "prompt", item["seed"], item["index"]) for item in content["samples"]]
         stages = content["stages"]
-        settings = ((item["stage"], item["guidance"], item["steps"]) for item in stages)
-        words = "; ".join(f"{name}: guidance {guidance}, {steps} steps" for name, guidance, steps in settings)
+        words = "; ".join(f"{item['stage']}: {_settings(item)}" for item in stages)
     except (KeyError, TypeError, ValueError):
         note(folder / SAMPLES, "lacks what `imagen-lightning sample` writes, and is left out")
         return None
     return SampleSet(folder, None, None, tuple(images), words)
+
+
+def _settings(stage: dict[str, Any]) -> str:
+    """How a stage was sampled, in words, as far as its record says."""
+    parts = [f"guidance {stage['guidance']}", f"{stage['steps']} steps"]
+    if "sampler" in stage:
+        parts.append(in_words(stage["sampler"]))
+    if stage.get("aug_level") is not None:
+        parts.append(f"aug level {stage['aug_level']}")
+    parts += [f"{setting_title(name)} {in_words(value)}" for name, value in stage.get("sampling", {}).items()]
+    return ", ".join(parts)
 
 
 def _content(folder: Path, note: Note) -> dict[str, Any] | None:

@@ -92,16 +92,22 @@ def protocol_list(columns: Sequence[ValueColumn], compared: Collection[str] = ()
     by_letter: dict[str, list[ValueColumn]] = {}
     for column in columns:
         by_letter.setdefault(column.letter, []).append(column)
+    found = {letter: protocol_facts(own[0].first.protocol, compared) for letter, own in by_letter.items()}
     known: dict[str, dict[str, str]] = {}
     entries = []
     for letter, own in by_letter.items():
-        facts = protocol_facts(own[0].first.protocol, compared)
+        facts = {name: text for name, text in found[letter].items() if not _is_silent(name, list(found.values()))}
         metrics = ", ".join(dict.fromkeys(column.first.metric.partition(",")[0] for column in own))
         intervals = dict.fromkeys(interval_words(value) for column in own for value in column.values.values())
         text = f"{_described(facts, known)}; {', '.join(intervals)}"
         known[letter] = facts
         entries += [element("dt", letter), element("dd", element("b", metrics), ": ", text)]
     return join(element("dl", *entries, class_="protocols"), _directions(columns))
+
+
+def _is_silent(name: str, found: Sequence[Mapping[str, str]]) -> bool:
+    """Return whether a setting of the model is the same everywhere; there are many of these."""
+    return name.startswith("process.") and len({facts.get(name) for facts in found}) == 1
 
 
 def _described(facts: Mapping[str, str], known: Mapping[str, Mapping[str, str]]) -> str:

@@ -5,6 +5,7 @@ import pytest
 
 from imagen_lightning.metrics.protocol import Protocol, Value
 from imagen_lightning.report.comparable import (
+    OF_THE_MODEL,
     distinct,
     last_values,
     measurements,
@@ -127,3 +128,15 @@ def test_columns_part_protocols_and_keep_metrics_together():
     assert len(value_columns(sweep)) == 30
     assert [len(c.values) for c in value_columns(sweep, ["guidance"])] == [30]
     assert [c.letter for c in value_columns(sweep)][25:28] == ["z", "aa", "ab"]
+
+
+def test_runs_of_other_models_share_a_column_and_other_samplings_do_not():
+    sampled = {"sampler": "DDIM(eta=0)", "sampling": {"spacing": "UniformTimes"}}
+    runs = [
+        sampled | {"process": {"diffusion.parametrization": "X0"}},
+        sampled | {"process": {"diffusion.parametrization": "V"}},
+        sampled | {"sampler": "DDIM(eta=1)"},
+        sampled | {"sampling": {"spacing": "LogSNRTimes(low=-9, high=9)"}},
+    ]
+    found = value_columns([[value("FID", 1, **made)] for made in runs], OF_THE_MODEL)
+    assert [list(column.values) for column in found] == [[0, 1], [2], [3]]
