@@ -135,6 +135,17 @@ class Examination:
     leaks: list[tuple[int, int]] = field(default_factory=list)
     held_out: Contents | None = None
 
+    def unchecked(self) -> list[str]:
+        """What was not looked at, which may hide faults."""
+        lines = []
+        if self.held_out is None:
+            lines.append("whether held-out images are among these (--held-out)")
+        if not self.usable:
+            lines.append("whether images are large enough for a cascade's stages (--stage)")
+        elif all(item.cut is None for item in self.usable):
+            lines.append("whether captions are longer than the stages read (--stage with an encoder)")
+        return lines
+
     def advice(self) -> list[str]:
         """What to mend, the most urgent first; empty where all is well."""
         contents, lines = self.contents, []

@@ -33,7 +33,7 @@ def doctor_page(found: Examination, picture: Picture) -> Page:
     page = Page("Shards", f"{samples} in {shards}")
     advice = page.section("What to mend", "advice")
     words = found.advice()
-    advice.add(bullets(words) if words else notice("Nothing was found that needs mending.", "verdict"))
+    advice.add(bullets(words) if words else notice(_nothing(found), "verdict"))
     _sheet(page.section("Samples", "samples"), contents, picture)
     _sizes(page.section("Sizes", "sizes"), found)
     _captions(page.section("Captions", "captions"), found)
@@ -41,6 +41,12 @@ def doctor_page(found: Examination, picture: Picture) -> Page:
     _alike(page.section("Copies and look-alikes", "copies"), found, picture)
     _skips(page.section("Samples that cannot be used", "skips"), contents)
     return page
+
+
+def _nothing(found: Examination) -> str:
+    """No advice, with what was not looked at and may need some."""
+    unchecked = ", ".join(found.unchecked())
+    return "Nothing to fix was found" + (f"; not checked: {unchecked}." if unchecked else ".")
 
 
 def _sheet(section: Section, contents: Contents, picture: Picture) -> None:
@@ -224,5 +230,5 @@ def summary(found: Examination) -> str:
     if found.held_out is not None:
         lines.append(f"{len(found.leaks)} of {counted(len(found.held_out), 'held-out image')} leak into the shards")
     words = found.advice()
-    lines += ["", "What to mend:", *(f"- {line}" for line in words)] if words else ["", "Nothing needs mending."]
+    lines += ["", "What to mend:", *(f"- {line}" for line in words)] if words else ["", _nothing(found)]
     return "\n".join(lines)

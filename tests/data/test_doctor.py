@@ -1,14 +1,16 @@
 """What the doctor finds in shards made with known faults, copies and leaks."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_lightning.data.doctor import NEAR, Stage, alike, examine
+from imagen_lightning.data.doctor import NEAR, Stage, Usable, alike, examine
 from imagen_lightning.data.shards import ShardWriter
 from imagen_lightning.errors import InputError
+from imagen_lightning.report.doctor_page import summary
 
 
 def picture(seed, size=(96, 64)):
@@ -88,6 +90,14 @@ def test_advice_names_what_was_found(shards):
     assert "100% of the images are smaller than sr needs (128 px)" in advice
     clean = examine(str(shards / "held"), cache=shards / "cache")
     assert clean.advice() == []
+    assert len(clean.unchecked()) == 2
+    said = summary(clean)
+    assert (
+        "Nothing to fix was found; not checked: whether held-out images are among these (--held-out), whether" in said
+    )
+    looked = replace(clean, held_out=clean.contents, usable=[Usable(Stage("base", 16), 1.0, np.ones(3), 0.0)])
+    assert summary(looked).endswith("Nothing to fix was found.")
+    assert "Nothing to fix" not in summary(found)
 
 
 def test_alike_finds_every_pair_within_reach_and_no_other():
