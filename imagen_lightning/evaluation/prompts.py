@@ -15,7 +15,7 @@ from pathlib import Path
 
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import read_text
-from imagen_lightning.io.lines import lines
+from imagen_lightning.io.lines import cell_reader, lines
 
 _PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 _CATEGORY_COLUMNS = ("category", "tag")
@@ -65,7 +65,7 @@ def read_prompts(path: str | Path) -> PromptSet:
     text = read_text(path, "--prompts")
     kind = path.suffix.lower()
     if kind in (".tsv", ".csv"):
-        pairs = _table(text, "\t" if kind == ".tsv" else ",", path)
+        pairs = _table(text, kind == ".tsv", path)
     elif kind == ".jsonl":
         pairs = _json_lines(text, path)
     else:
@@ -82,10 +82,8 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _table(text: str, delimiter: str, path: Path) -> list[tuple[str, str]]:
-    # Published TSVs quote nothing: a quotation mark there belongs to the prompt.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+def _table(text: str, tabs: bool, path: Path) -> list[tuple[str, str]]:
+    reader = cell_reader(io.StringIO(text, newline=""), tabs)
     pairs: list[tuple[str, str]] = []
     try:
         names = [name.strip().lower() for name in next(reader, [])]

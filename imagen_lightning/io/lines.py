@@ -1,8 +1,11 @@
-"""Text to lines as files have them."""
+"""Text to lines, and lines to cells, as files have them."""
 
 from __future__ import annotations
 
+import csv
 import io
+from collections.abc import Iterable
+from typing import Any
 
 
 def lines(text: str) -> list[str]:
@@ -11,3 +14,8 @@ def lines(text: str) -> list[str]:
     `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which JSON and captions may hold within a line.
     """
     return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
+
+
+def cell_reader(lines: Iterable[str], tabs: bool) -> Any:
+    """Return a `csv.reader` of a CSV, whose quotation marks must close, or of a TSV: published ones quote nothing."""
+    return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)

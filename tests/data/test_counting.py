@@ -121,7 +121,7 @@ def check_images(path, files):
 
 
 @given(trees(), trees(), st.data())
-@settings(max_examples=25, **SLOW_MACHINES)
+@settings(max_examples=15, **SLOW_MACHINES)
 def test_folders_with_links_are_counted_whole(files, linked, data):
     """Links to a folder inside, to one outside that links back, to one above, and to nothing."""
     with tempfile.TemporaryDirectory() as root:
@@ -148,7 +148,7 @@ def test_a_link_to_nothing_that_is_named_as_an_image_is_skipped(tmp_path):
 
 
 @given(trees())
-@settings(max_examples=25, **SLOW_MACHINES)
+@settings(max_examples=15, **SLOW_MACHINES)
 def test_zips_are_counted_whole(files):
     with tempfile.TemporaryDirectory() as root:
         check_images(write_zip(Path(root, "set.zip"), files), files)
@@ -164,7 +164,7 @@ def test_what_is_written_indexed_examined_and_read_agrees(files):
         assert sum(written.samples.values()) == len(used)
         assert sum(written.skipped.values()) == len(images - used)
         assert sum(written.unread.values()) == others
-        assert bool(others) == ("not read" in str(written))
+        assert bool(others) == ("other file" in str(written))
         listed = out / "skipped.jsonl"
         names = [json.loads(line)["key"] for line in lines(listed.read_text())] if listed.exists() else []
         assert sorted(names) == sorted(images - used)
@@ -266,7 +266,7 @@ def agreed(shards):
 
 
 @given(members())
-@settings(max_examples=40, **SLOW_MACHINES)
+@settings(max_examples=30, **SLOW_MACHINES)
 def test_tars_are_counted_whole(drawn):
     found, strays = drawn
     used, skipped, unread = sorted_out(found)
@@ -351,7 +351,7 @@ def write_table(path, rows):
 @given(
     st.sampled_from(TABLES), st.lists(st.tuples(st.sampled_from(["a.png", "b.png", "no.png"]), CAPTIONS), min_size=1)
 )
-@settings(max_examples=40, **SLOW_MACHINES)
+@settings(max_examples=30, **SLOW_MACHINES)
 def test_tables_are_counted_whole(kind, rows):
     rows = [("a.png", "first"), *rows]
     with tempfile.TemporaryDirectory() as root:
@@ -403,7 +403,7 @@ def test_a_row_of_more_cells_than_columns_is_skipped(tmp_path):
 
 
 @given(st.lists(st.text("ab \u2028\u2029\x85\x0b\x0c\x1c", min_size=1).filter(str.strip), min_size=1), st.data())
-@settings(**SLOW_MACHINES)
+@settings(max_examples=40, **SLOW_MACHINES)
 def test_text_is_cut_at_line_ends_alone(texts, data):
     end = data.draw(st.sampled_from(["\n", "\r\n", "\r"]))
     assert lines(end.join(texts)) == texts == lines("".join(text + end for text in texts))
@@ -435,8 +435,8 @@ def test_no_text_of_users_is_cut_by_splitlines():
 @given(st.recursive(st.sampled_from(["a", "{0..4}", "{7..1..2}", "{a..c}", ""]), lambda part: st.one_of(
     st.lists(part, min_size=2, max_size=3).map(lambda parts: "{" + ",".join(parts) + "}"),
     st.lists(part, min_size=1, max_size=3).map("".join),
-), max_leaves=6))  # fmt: skip
-@settings(**SLOW_MACHINES)
+), max_leaves=5))  # fmt: skip
+@settings(max_examples=40, **SLOW_MACHINES)
 def test_names_are_counted_before_they_are_expanded(pattern):
     from braceexpand import braceexpand
 

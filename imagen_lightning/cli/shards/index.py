@@ -85,7 +85,7 @@ def _summary(indexes: list[ShardIndex], seconds: float) -> str:
     lines = [
         f"{counted(len(indexes), 'shard')}, {counted(samples, 'sample')}, {size / 1e6:.1f} MB",
         "members: " + (counted_by_kind({suffix: members[suffix] for suffix in members.keys() - unread}) or "none"),
-        "members not read: " + (counted_by_kind(unread) or "none"),
+        *([f"members not read: {counted_by_kind(unread)}"] if unread else []),
         "fields of the json: " + (", ".join(fields) or "none"),
         "faults: " + (", ".join(f"{count} {reason}" for reason, count in faults.most_common()) or "none"),
         f"{seconds:.2f} s: {samples / seconds:,.0f} samples/s, {size / 1e6 / seconds:,.0f} MB/s",

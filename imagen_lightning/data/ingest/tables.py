@@ -16,6 +16,7 @@ from imagen_lightning.data.ingest.containers import Container
 from imagen_lightning.data.ingest.record import Entry, Fault, Record, Source, group_text
 from imagen_lightning.data.skips import Reason
 from imagen_lightning.errors import InputError
+from imagen_lightning.io.lines import cell_reader
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")
 CAPTION_COLUMNS = ("caption", "text", "captions", "prompt")
@@ -222,9 +223,7 @@ class Delimited(TextTable):
 
     def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
         csv.field_size_limit(_LIMIT_CSV_FIELD)
-        if self.where.name.lower().endswith(".tsv"):
-            return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return csv.reader(lines, strict=True)
+        return cell_reader(lines, self.where.name.lower().endswith(".tsv"))
 
 
 class _Lines:
