@@ -147,7 +147,7 @@ def _writable(text: str) -> Path:
         there = next(above for above in (path, *path.absolute().parents) if above.exists())
     except OSError as error:  # a name that is too long
         raise argparse.ArgumentTypeError(f"{shown(text)} cannot be written: {error.strerror}") from None
-    if not text.strip():
+    if not text.strip() or not path.absolute().name:  # the root folder has no name
         raise argparse.ArgumentTypeError(f"{text!r} is not a path")
     if there != path and not there.is_dir():
         raise argparse.ArgumentTypeError(f"{shown(text)} cannot be written: {shown(str(there))} is not a folder")

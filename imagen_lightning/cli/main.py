@@ -112,6 +112,8 @@ def explain(error: BaseException) -> str | None:
         return f"a file of weights cannot be read or written: {_first_line(error)}"
     if isinstance(error, RecursionError):
         return "the input is nested too deeply; give one with fewer levels of lists and mappings"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~ and the name of no user; write ./~… for a file of that name"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return f"too little memory ({_first_line(error) or 'of this process'}); make less at a time or choose less"
     return None
