@@ -31,6 +31,26 @@ def unwritable(error: OSError, folder: Path) -> InputError | None:
     return InputError(f"{path} cannot be written: {error.strerror}; {_MENDS[error.errno]}")
 
 
+def parse_json(text: str | bytes, depth: int = 100) -> Any:
+    """Return what JSON text says.
+
+    Raises:
+        ValueError: it is not JSON, or lists and objects lie in each other more than `depth` deep, which ends programs
+            that walk through them.
+    """
+    try:
+        value = json.loads(text)
+        level = [value]
+        for _ in range(depth):
+            lists = [list(item.values()) if isinstance(item, dict) else item for item in level]
+            level = [item for items in lists if isinstance(items, list) for item in items]
+            if not level:
+                return value
+    except RecursionError:
+        pass
+    raise ValueError(f"its lists and objects lie more than {depth} deep in each other")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON whole or not at all; numbers that JSON lacks become "nan", "inf" and "-inf"."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

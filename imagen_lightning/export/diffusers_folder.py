@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from imagen_lightning.cascade.local import first_line
+from imagen_lightning.files import parse_json
 from imagen_lightning.text.hub import first_sentence, reach_hub
 from imagen_lightning.types import InputError
 
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or something else in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{str(path)!r} is missing ({first_line(error)}); copy the whole pipeline") from error
     except ValueError as error:
