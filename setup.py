@@ -57,5 +57,9 @@ setup(
     package_data={"": ["*.yaml"], "imagen_lightning": ["py.typed"]},
     install_requires=runtime,
     extras_require={"dev": dev, "parquet": ["pyarrow>=16"], "onnx": ["onnxruntime>=1.20"]},
-    entry_points={"console_scripts": ["imagen-lightning = imagen_lightning.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["imagen-lightning = imagen_lightning.cli.main:main"],
+        # torch calls these when it is imported, so that lightning can be imported before this package too.
+        "torch.backends": ["imagen_lightning_torchvision = imagen_lightning.torchvision_mend:mend"],
+    },
 )

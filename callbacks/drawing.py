@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -21,9 +21,9 @@ from imagen_lightning.callbacks.rng import untouched_rng
 from imagen_lightning.callbacks.throughput import uncounted
 from imagen_lightning.cascade.sampling import StageSettings, protocol_fields, settings_of
 from imagen_lightning.diffusion.random import seeded_generator
-from imagen_lightning.images import downsample, to_float, to_uint8
+from imagen_lightning.images import downsample, placeholder, to_float, to_uint8
 from imagen_lightning.stages import DiffusionMixin, SuperResolutionStage
-from imagen_lightning.types import Batch, InputError, Sampler
+from imagen_lightning.types import Batch, InputError, NonFiniteSamples, Sampler
 
 Split = Literal["val", "train"]
 SPLITS = {"val": "validation", "train": "training"}
@@ -182,7 +182,11 @@ class DrawingSettings:
 
 
 def draw(
-    trainer: pl.Trainer, stage: pl.LightningModule, given: Pictures, settings: DrawingSettings
+    trainer: pl.Trainer,
+    stage: pl.LightningModule,
+    given: Pictures,
+    settings: DrawingSettings,
+    on_non_finite: Callable[[NonFiniteSamples, list[int]], None] | None = None,
 ) -> tuple[Tensor, bool]:
     """An image a caption, with the weights of the EMA where there is one.
 
@@ -193,9 +197,14 @@ def draw(
         stage: the stage in training.
         given: the captions, possibly none.
         settings: see there.
+        on_non_finite: called with the error and the numbers of the images, from 0, that hold NaN or infinite values;
+            placeholders stand in their places. By default such images are an error.
 
     Returns:
         (N, 3, H, W) uint8 on the CPU, and whether the weights were an average.
+
+    Raises:
+        NonFiniteSamples: images hold NaN or infinite values.
     """
     assert isinstance(stage, DiffusionMixin)
     number = 0 if given.low_res is None else 1
@@ -207,14 +216,25 @@ def draw(
         trainer.precision_plugin.forward_context(),
     ):
         for part in given.parts(settings.batch_size):
-            drawn = stage.sample(
-                part.captions,
-                [seeded_generator(settings.seed, position, stage=number) for position in part.positions],
-                num_steps=settings.num_steps,
-                guidance=settings.guidance,
-                sampler=settings.sampler,
-                low_res=None if part.low_res is None else to_float(part.low_res),
-                aug_level=settings.aug_level,
-            )
-            images.append(to_uint8(drawn).cpu())
+            try:
+                drawn = to_uint8(_sample(stage, part, settings, number)).cpu()
+            except NonFiniteSamples as error:
+                if on_non_finite is None:
+                    raise
+                drawn = to_uint8(error.images.nan_to_num(0, 0, 0)).cpu()
+                drawn[error.bad] = placeholder(*drawn.shape[-2:])
+                on_non_finite(error, (error.bad.nonzero().flatten() + sum(map(len, images))).tolist())
+            images.append(drawn)
     return torch.cat(images), averaged
+
+
+def _sample(stage: DiffusionMixin, part: Pictures, settings: DrawingSettings, number: int) -> Tensor:
+    return stage.sample(
+        part.captions,
+        [seeded_generator(settings.seed, position, stage=number) for position in part.positions],
+        num_steps=settings.num_steps,
+        guidance=settings.guidance,
+        sampler=settings.sampler,
+        low_res=None if part.low_res is None else to_float(part.low_res),
+        aug_level=settings.aug_level,
+    )

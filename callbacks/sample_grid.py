@@ -14,6 +14,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
 import lightning.pytorch as pl  # isort: skip
 from lightning.pytorch.loggers import WandbLogger  # isort: skip
+from lightning.pytorch.utilities import rank_zero_warn  # isort: skip
 
 from imagen_lightning.callbacks.drawing import (
     SPLITS,
@@ -37,7 +38,7 @@ from imagen_lightning.metrics.probes import colour_shift
 from imagen_lightning.metrics.protocol import EMA, RAW, Protocol
 from imagen_lightning.metrics.values import mean_value
 from imagen_lightning.stages import SuperResolutionStage
-from imagen_lightning.types import InputError, Sampler
+from imagen_lightning.types import InputError, NonFiniteSamples, Sampler
 
 FOLDER = "samples"
 
@@ -49,6 +50,7 @@ class SampleGrid(Observer):
     images. A super-resolution stage enlarges the first validation images: its grid has the low-resolution input, the
     output and the truth in three rows, and `STAGE/samples_colour_shift` is the mean distance of the outputs' colours
     from the inputs', of 255. The first process samples, the others go on; training is the same to the bit as without.
+    An image with NaN or infinite values is a magenta checkerboard, named in samples.json and, once, in a warning.
 
     Args:
         prompts: captions, one an image. A super-resolution stage needs none: the validation images have their own, and
@@ -105,6 +107,7 @@ class SampleGrid(Observer):
         self._schedule = Schedule(every_n_steps, every_n_epochs, at_end)
         self._settings = DrawingSettings(seed, num_steps, guidance, sampler, aug_level, batch_size)
         self._given: Pictures | None = None  # in the first process
+        self._warned = False  # of images that are not finite
 
     def metric_names(self, stage: str) -> set[str]:
         """Return what may be logged of the stage of that name."""
@@ -146,11 +149,21 @@ class SampleGrid(Observer):
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._given is None:
             return
-        images, averaged = draw(trainer, pl_module, self._given, self._settings)
+        bad: list[int] = []
+
+        def mark(error: NonFiniteSamples, numbers: list[int]) -> None:
+            if not self._warned:
+                rank_zero_warn(f"SampleGrid at step {trainer.global_step} shows checkerboards: {error}")
+            self._warned = True
+            bad.extend(numbers)
+
+        images, averaged = draw(trainer, pl_module, self._given, self._settings, mark)
         low_res = self._given.low_res
         shifts = None if low_res is None else colour_shift(images, low_res)
-        self._write(trainer, pl_module, self._given, images, shifts, averaged)
         if shifts is not None:
+            shifts[bad] = math.nan
+        self._write(trainer, pl_module, self._given, images, shifts, averaged, bad)
+        if shifts is not None and not bad:
             self._log_shift(trainer, pl_module, self._given, shifts, averaged)
 
     def _write(
@@ -161,6 +174,7 @@ class SampleGrid(Observer):
         images: Tensor,
         shifts: Tensor | None,
         averaged: bool,
+        bad: Sequence[int],
     ) -> None:
         folder = run_dir(trainer) / FOLDER / f"{trainer.global_step:07d}"
         picture = _grid(stage, given, images)
@@ -178,6 +192,7 @@ class SampleGrid(Observer):
             "seed": self.seed,
             "stage": 0 if given.low_res is None else 1,
             "colour_shifts": None if shifts is None else shifts.tolist(),
+            **({"not_finite": [files[number] for number in bad]} if bad else {}),
             "images": [
                 {"file": name, "caption": caption, "image": position}
                 for name, caption, position in zip(files, given.captions, given.positions)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from imagen_lightning.types import InputError
 
@@ -19,6 +23,23 @@ OWN_PACKAGE = "imagen_lightning"
 _MOST_WORDS = 120  # characters
 # Where a description may find this package's own classes: parts of a model, none of which runs anything when made.
 OWN_MODULES = tuple(f"{OWN_PACKAGE}.{name}" for name in ("diffusion", "networks", "samplers", "stages", "text"))
+OWN_PREFIXES = tuple(f"{module}." for module in OWN_MODULES)
+LARGEST = 2**63  # of whole numbers
+LONGEST = 80  # characters of a value in a message
+
+_LEVEL = Annotated[float, "an end of an interval, which may be infinite"]
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number of at most 63 bits",
+    float: "a finite number",
+    _LEVEL: "a number",
+    str: "text",
+    Path: "text",
+    NoneType: "null",
+    None: "null",
+    Any: "any plain data",
+}
+_PLAIN = {*_WORDS, list, tuple, dict, object}
 
 
 def class_path(value: object) -> str:
@@ -99,45 +120,230 @@ def describe_args(value: object, skip: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def find_class(path: str, trust: Iterable[str] = ()) -> type:
-    """Imports the class named by `path` if its package is this one or trusted by name.
+    """Return the class that `path` names; only a module that may be named is imported.
+
+    Args:
+        path: "imagen_lightning.samplers.DDIM". Of this package, a class that one of `OWN_MODULES` exports, by any of
+            its modules; of a trusted package, any class.
+        trust: other packages whose classes may be named.
 
     Raises:
-        InputError: a foreign package, or no such class.
+        InputError: any other path, or no such class.
     """
+    if not isinstance(path, str):
+        raise InputError(f"class_path {short(path)} must be text, e.g. {OWN_PACKAGE}.samplers.DDIM")
+    module_name, _, name = path.rpartition(".")
     package = path.split(".")[0]
     if package == "callbacks":
         raise InputError(f"class {path!r}: write imagen_lightning.{path}; `callbacks` alone would make a second class")
     if package not in {OWN_PACKAGE, *trust}:
         raise InputError(
-            f"class {path!r} is not part of {OWN_PACKAGE}; if you trust the package {package!r} with running code, "
-            f"pass --trust {package} (in Python, trust=[{package!r}])"
+            f"class {short(path)} is not part of {OWN_PACKAGE}; if you trust the package {short(package)} with "
+            f"running code, pass --trust {package[:LONGEST]} (in Python, trust=[{short(package)}])"
         )
-    module_name, _, name = path.rpartition(".")
+    if package not in trust and not f"{module_name}.".startswith(OWN_PREFIXES):
+        raise InputError(f"class {short(path)} is not a part of a stage; use one of {', '.join(OWN_MODULES)}")
+    missing = InputError(f"class {short(path)} does not exist; check its spelling and the installed version")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise missing
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError):
-        raise InputError(f"class {path!r} does not exist; check its spelling and the installed version") from None
+        raise missing from None
     if not isinstance(found, type):
         raise InputError(f"{path!r} is not a class")
-    # A module also shows what it imports; the class must be at home in a package that may be named.
+    # A module also shows what it imports and what only it uses.
     home = found.__module__
-    if home.split(".")[0] not in trust and not home.startswith(OWN_MODULES):
-        raise InputError(f"class {path!r} is no part of a stage; it belongs to {home}")
+    exporter = importlib.import_module(".".join(home.split(".")[:2])) if home.startswith(OWN_PREFIXES) else None
+    if home.split(".")[0] not in trust and getattr(exporter, found.__name__, None) is not found:
+        raise InputError(f"class {path!r} is not a part of a stage; it belongs to {home}")
     return found
 
 
-def build(description: Any, trust: Iterable[str] = ()) -> Any:
-    """Makes the object that `describe` described; only classes of this package and of trusted packages are imported."""
-    trust = tuple(trust)
-    if isinstance(description, Mapping):
-        if "class_path" in description:
-            cls = find_class(description["class_path"], trust)
-            arguments = {key: build(item, trust) for key, item in (description.get("init_args") or {}).items()}
-            try:
-                return cls(**arguments)
-            except TypeError as error:
-                raise InputError(f"{description['class_path']}: {error}") from error
-        return {key: build(item, trust) for key, item in description.items()}
-    if isinstance(description, list | tuple):
-        return [build(item, trust) for item in description]
-    return description
+def build(
+    description: Any, trust: Iterable[str] = (), *, kind: Any = Any, key: str = "", complete: bool = False
+) -> Any:
+    """Make the object that `describe` described, every value checked against the annotations of `__init__`.
+
+    Args:
+        description: plain data.
+        trust: packages next to this one whose classes may be named.
+        kind: annotation that the object must fit, e.g. a class.
+        key: where the description lies, for messages.
+        complete: refuse a description that `describe` would not write: an argument that is left out, or null where
+            the object has another value. Names in a class's `undescribed` are never written; those in its
+            `added_arguments`, which the class got later, may be left out. Classes of other packages are their authors'.
+
+    Raises:
+        InputError: a class that may not be named, a value of another kind, arguments that a class does not take or
+            that make no object. The message names the key and the value.
+    """
+    return _Builder(tuple(trust), complete).value(description, kind, key)
+
+
+def build_as(cls: type, arguments: Mapping[str, Any]) -> Any:
+    """Make an object of a class at hand from described arguments, all of them, as `build` checks them."""
+    return _Builder((), complete=True).make(cls, arguments, "")
+
+
+@dataclass(frozen=True)
+class _Builder:
+    trust: tuple[str, ...]
+    complete: bool
+
+    def value(self, given: Any, kind: Any, key: str) -> Any:
+        """Return `given`, or the objects that it describes, as the annotation `kind` has it."""
+        options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        described = isinstance(given, Mapping) and "class_path" in given
+        if described and Any not in options:
+            families = tuple(option for option in options if _is_family(option))
+            if families:
+                return self.object(given, families, key)
+        for option in options:
+            if not _fits(given, option):
+                continue
+            if isinstance(given, list | tuple):
+                kinds = _item_kinds(option, len(given))
+                return [self.value(item, kinds[i], f"{key}[{i}]") for i, item in enumerate(given)]
+            if described:
+                return self.object(given, (), key)
+            if isinstance(given, Mapping):
+                inner = (get_args(option) or (Any, Any))[1]
+                return {name: self.value(item, inner, _joined(key, name)) for name, item in given.items()}
+            return given
+        allowed = " or ".join(dict.fromkeys(map(_words, options)))
+        raise InputError(f"{key or 'the description'} {short(given)} must be {allowed}")
+
+    def object(self, given: Mapping[str, Any], families: tuple[type, ...], key: str) -> Any:
+        """Make an object of one of the families (any class where there are none)."""
+        where = f"{key}: " if key else ""
+        cls = _placed(find_class, where, given["class_path"], self.trust)
+        path = given["class_path"]
+        if families and not issubclass(cls, families):
+            raise InputError(f"{where}class {path!r} must be {' or '.join(map(_words, families))}")
+        if given.keys() - {"class_path", "init_args"}:
+            raise InputError(f"{where}{short(dict(given))} must have class_path and init_args, and nothing else")
+        return self.make(cls, given.get("init_args"), key)
+
+    def make(self, cls: type, args: Any, key: str) -> Any:
+        """Make an object of the class from described arguments; None stands for no arguments."""
+        where, path = f"{key}: " if key else "", class_path(cls)
+        args = {} if args is None else args
+        if not isinstance(args, Mapping):
+            raise InputError(f"{where}init_args {short(args)} of {path} must be a mapping of its arguments")
+        parameters = _parameters(cls)
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [name for name in args if name not in parameters and not open_ended]
+        if unknown:
+            raise InputError(
+                f"{where}{path} takes no {short(unknown[0])}; it takes {', '.join(parameters) or 'nothing'}"
+            )
+        strict = self.complete and cls.__module__.startswith(OWN_PREFIXES)
+        optional = {*getattr(cls, "undescribed", ()), *getattr(cls, "added_arguments", ())}
+        for name, parameter in parameters.items():
+            needed = parameter.default is parameter.empty or (strict and name not in optional)
+            if name not in args and needed and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                raise InputError(f"{where}{path} lacks its argument {name!r}; it is always written: add it")
+        hints = _hints(cls)
+        values = {name: self.value(item, hints.get(name, Any), _joined(key, name)) for name, item in args.items()}
+        try:
+            made = cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from error.__cause__
+        except Exception as error:  # a class that is given what it does not expect can end in any way
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise InputError(f"{where}{path} cannot be made of its arguments: {reason}") from error
+        for name, value in values.items() if strict else ():
+            if value is None and getattr(made, name, None) is not None:
+                raise InputError(f"{_joined(key, name)} is null, which {path} never has; write what it is to be")
+        return made
+
+
+def _placed(function: Callable[..., Any], where: str, *arguments: Any) -> Any:
+    """Call the function; an InputError that it raises says where."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+
+
+def _joined(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+@cache
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the arguments of the class's `__init__`, without self."""
+    if cls.__init__ is object.__init__:  # type: ignore[misc]
+        return {}
+    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the annotations of the class's `__init__`; none of a foreign class whose names cannot be resolved."""
+    try:
+        return get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return {}
+
+
+def _is_family(kind: Any) -> bool:
+    """Return whether values of this kind are objects, which plain data can only describe."""
+    plain = kind in _PLAIN or get_origin(kind) is not None or getattr(kind, "_is_protocol", False)
+    return isinstance(kind, type) and not plain
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether plain data fits an annotation, but for what it holds."""
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is _LEVEL:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if kind in (str, Path):
+        return isinstance(value, str)
+    if kind in (None, NoneType):
+        return value is None
+    if origin in (list, tuple, Sequence, Iterable):
+        fixed = origin is tuple and get_args(kind) and get_args(kind)[-1] is not Ellipsis
+        return isinstance(value, list | tuple) and (not fixed or len(value) == len(get_args(kind)))
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and "class_path" not in value and all(isinstance(name, str) for name in value)
+    return not _is_family(kind)  # Any, and what plain data cannot be compared with
+
+
+def _item_kinds(kind: Any, count: int) -> list[Any]:
+    """Return the annotations of a list's items."""
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple and arguments[-1] is not Ellipsis:
+        return [_LEVEL if argument is float else argument for argument in arguments]
+    return [arguments[0] if arguments else Any] * count
+
+
+def _words(kind: Any) -> str:
+    """Return what an annotation allows, for messages."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return ", ".join(map(repr, arguments))
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} items"
+    if origin in (list, tuple, Sequence, Iterable):
+        return "a list" + (f" (each {_words(arguments[0])})" if arguments else "")
+    if origin in (dict, Mapping):
+        return "a mapping" + (f" (each {_words(arguments[1])})" if arguments else "")
+    return f"{{class_path, init_args}} of {'an' if kind.__name__[0] in 'AEIO' else 'a'} {kind.__name__}"
+
+
+def short(value: object) -> str:
+    """Return a value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

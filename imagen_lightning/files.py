@@ -82,12 +82,31 @@ def read_json(path: Path, what: str, most: int = 2**26) -> Any:
         InputError: see `read_text`; or it is damaged, or nested too deeply.
     """
     try:
-        return json.loads(read_text(path, what, most))
+        return parse_json(read_text(path, what, most))
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise InputError(f"{what} {str(path)!r} is damaged: {reason}") from None
+    except ValueError as error:
+        raise InputError(f"{what} {str(path)!r} is damaged: {error}") from None
+
+
+def parse_json(text: str | bytes, depth: int = 100) -> Any:
+    """Return what JSON text says.
+
+    Raises:
+        ValueError: it is not JSON, or lists and objects lie in each other more than `depth` deep, which ends programs
+            that walk through them.
+    """
+    try:
+        value = json.loads(text)
+        level = [value]
+        for _ in range(depth):
+            lists = [list(item.values()) if isinstance(item, dict) else item for item in level]
+            level = [item for items in lists if isinstance(items, list) for item in items]
+            if not level:
+                return value
+    except RecursionError:
+        pass
+    raise ValueError(f"its lists and objects lie more than {depth} deep in each other")
 
 
 def write_json(path: Path, value: Any) -> None:

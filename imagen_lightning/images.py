@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from imagen_lightning.io.atomic import write_bytes
+from imagen_lightning.types import InputError
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -22,8 +23,19 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
+def are_finite(images: Tensor) -> Tensor:
+    """Return (B,) bool, whether each of the images (B, …) is free of NaN and infinite values."""
+    return images.isfinite().flatten(1).all(1) if images.dim() > 1 else images.isfinite()
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] (values beyond are clamped) to uint8, rounded to nearest."""
+    """Return float images in [-1, 1] (values beyond are clamped) as uint8, rounded to nearest.
+
+    Raises:
+        InputError: NaN or infinite values, of which uint8 would make black or white.
+    """
+    if not bool(are_finite(images).all()):
+        raise InputError("images hold NaN or infinite values, which no image file can show")
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
@@ -50,6 +62,12 @@ def upsample(images: Tensor, size: int | tuple[int, int], align_corners: bool = 
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=align_corners)
+
+
+def placeholder(height: int, width: int) -> Tensor:
+    """Return a magenta checkerboard, which stands in the place of an image that is not finite: uint8 (3, H, W)."""
+    cells = (torch.arange(height)[:, None] * 4 // height + torch.arange(width) * 4 // width) % 2
+    return torch.stack([cells * 255, torch.zeros_like(cells), cells * 255]).to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:

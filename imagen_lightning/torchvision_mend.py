@@ -1,10 +1,12 @@
-"""Lets torchvision be imported beside a CPU build of torch.
+"""Let torchvision be imported next to a CPU build of torch.
 
 A torchvision built for CUDA next to a CPU torch raises `operator torchvision::nms does not exist` on import, and with
-it lightning, torchmetrics and torch-fidelity fail. Declaring the two missing operator schemas first mends the import;
+it lightning, torchmetrics and torch-fidelity fail. Declaring the two missing operator schemas first repairs the import;
 `torchvision.ops.nms` and `torchvision.io.read_image` stay unusable, and nothing here needs them.
 
-Imported before lightning by stages, datamodule, callbacks and the command line; does nothing where the versions match.
+torch calls `mend` when it is imported, by the entry point that setup.py declares (torch.backends), so that an
+installed package needs no order of imports. One that only lies on PYTHONPATH must be imported before lightning; stages,
+datamodule, callbacks and the command line do so. Nothing is done where the builds match.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +17,7 @@ _libraries: list[torch.library.Library] = []  # kept alive: the schemas go with 
 
 
 def mend() -> None:
-    """Declares torchvision's missing operators where a CPU torch stands beside a torchvision that is no CPU build."""
+    """Declare torchvision's missing operators where torch is a CPU build and torchvision is not."""
     try:
         torchvision_version = version("torchvision")
     except PackageNotFoundError:

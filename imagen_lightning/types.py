@@ -19,6 +19,20 @@ from torch import Tensor
 from imagen_lightning.errors import InputError as InputError
 
 
+class NonFiniteSamples(InputError):
+    """Images that a stage sampled hold NaN or infinite values.
+
+    Attributes:
+        images: (B, C, H, W) float, as they are.
+        bad: (B,) bool on the CPU, which of them hold such values.
+    """
+
+    def __init__(self, message: str, images: Tensor, bad: Tensor) -> None:
+        super().__init__(message)
+        self.images = images
+        self.bad = bad
+
+
 class _Movable:
     """Gives a dataclass of tensors the `.to` and `.pin_memory` that Lightning and DataLoader call."""
 

@@ -96,13 +96,15 @@ def test_foreign_classes_are_not_imported():
             build({"class_path": path, "init_args": {}})
     nested = {"class_path": class_path(DDIM), "init_args": {"eta": [{"class_path": "os.system"}]}}
     with pytest.raises(InputError, match="--trust os"):
+        build(nested["init_args"]["eta"])
+    with pytest.raises(InputError, match=r"^eta \[.*must be a finite number"):
         build(nested)
     with pytest.raises(InputError, match=r"write imagen_lightning\.callbacks\.EMA"):
         build({"class_path": "callbacks.EMA"})
 
 
 def test_classes_that_do_not_exist():
-    for path in ("imagen_lightning.samplers.Nope", "imagen_lightning.nowhere.Nope"):
+    for path in ("imagen_lightning.samplers.Nope", "imagen_lightning.samplers.nowhere.Nope"):
         with pytest.raises(InputError, match="does not exist"):
             find_class(path)
     with pytest.raises(InputError, match="not a class"):

@@ -2,7 +2,19 @@ import pytest
 import torch
 from PIL import Image
 
-from imagen_lightning.images import downsample, from_pil, grid, save_png, to_float, to_pil, to_uint8, upsample
+from imagen_lightning.images import (
+    are_finite,
+    downsample,
+    from_pil,
+    grid,
+    placeholder,
+    save_png,
+    to_float,
+    to_pil,
+    to_uint8,
+    upsample,
+)
+from imagen_lightning.types import InputError
 
 
 def test_every_byte_survives_the_round_trip():
@@ -17,6 +29,20 @@ def test_every_byte_survives_the_round_trip():
 
 def test_values_beyond_the_range_are_clamped():
     assert to_uint8(torch.tensor([-3.0, 1.7, 0.0])).tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_no_image(value):
+    images = torch.zeros(2, 3, 4, 4)
+    images[1, 2, 3, 3] = value
+    assert are_finite(images).tolist() == [True, False]
+    with pytest.raises(InputError, match="NaN or infinite values"):
+        to_uint8(images)
+
+
+def test_a_placeholder_is_a_checkerboard():
+    assert placeholder(8, 12).shape == (3, 8, 12)
+    assert placeholder(8, 8)[:, ::2, ::2].flatten(1).unique(dim=1).tolist() == [[0, 255], [0, 0], [0, 255]]
 
 
 @pytest.mark.parametrize("factor", [2, 4])

@@ -2,6 +2,7 @@
 
 import ast
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+TORCHS_HOOK = "imagen_lightning_torchvision = imagen_lightning.torchvision_mend:mend"
 SOURCES = ("imagen_lightning", "callbacks", "experiments")
 
 
@@ -73,7 +75,9 @@ def test_the_wheel_installs_one_package_and_the_command(built):
     (info,) = (name for name in tops if name.endswith(".dist-info"))
     assert tops == {"imagen_lightning", info}
     assert wheel.read(f"{info}/top_level.txt").split() == [b"imagen_lightning"]
-    assert b"imagen-lightning = imagen_lightning.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
+    entry_points = wheel.read(f"{info}/entry_points.txt")
+    assert b"imagen-lightning = imagen_lightning.cli.main:main" in entry_points
+    assert TORCHS_HOOK.encode() in entry_points
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
@@ -83,6 +87,23 @@ def test_the_wheel_installs_one_package_and_the_command(built):
     wanted = {line for line in (ROOT / "requirements.txt").read_text().split("\n") if line and "pytest" not in line}
     given = {Requirement(item) for item in metadata.get_all("Requires-Dist") if "extra ==" not in item}
     assert given == {Requirement(line) for line in wanted}
+
+
+def test_lightning_can_be_imported_before_the_installed_package(tmp_path):
+    """Where the builds of torch and torchvision differ this fails without the entry point; elsewhere it is no news."""
+    (tmp_path / "installed-0.dist-info").mkdir()
+    (tmp_path / "installed-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 0\n")
+    (tmp_path / "installed-0.dist-info" / "entry_points.txt").write_text(f"[torch.backends]\n{TORCHS_HOOK}\n")
+    code = "import lightning, torchvision; import imagen_lightning.stages"
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_sdist_builds_alone(built):

@@ -12,7 +12,7 @@ import torch
 from imagen_lightning.cascade.description import as_module, build_stage
 from imagen_lightning.cascade.local import first_line, refuse_address
 from imagen_lightning.cascade.origin import check_origin, check_record
-from imagen_lightning.cascade.weights import check_tensors, put_tensors
+from imagen_lightning.cascade.weights import check_finite, check_tensors, put_tensors
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
@@ -51,12 +51,17 @@ def stage_from_checkpoint(path: str | Path, trust: tuple[str, ...]) -> Diffusion
     checkpoint = read_checkpoint(file)
     parts = ("hyper_parameters", "state_dict")
     if not (
-        isinstance(checkpoint.get("stage_class"), str) and all(isinstance(checkpoint.get(part), dict) for part in parts)
+        isinstance(checkpoint.get("stage_class"), str)
+        and all(isinstance(checkpoint.get(part), dict) for part in parts)
+        and all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values())
     ):
         raise InputError(f"{what} is not one of an imagen-lightning stage; give the .ckpt of a run of this program")
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "_instantiator"}
-    stage = build_stage({"class_path": checkpoint["stage_class"], "init_args": arguments}, trust, what)
+    description = {"class_path": checkpoint["stage_class"], "init_args": arguments}
+    stage = build_stage(description, trust, what, [value.shape for value in checkpoint["state_dict"].values()])
     check_tensors(as_module(stage), checkpoint["state_dict"], what)
+    for key, _ in as_module(stage).named_parameters():
+        check_finite(key, checkpoint["state_dict"][key], what)
     # Copied from the file's mapping: the stage is to outlive the file.
     put_tensors(as_module(stage), {key: value.clone() for key, value in checkpoint["state_dict"].items()})
     stage.origin = check_origin(checkpoint.get("origin"), what)

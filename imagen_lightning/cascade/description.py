@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagen_lightning.cascade.local import first_line
-from imagen_lightning.components import build, class_path, describe, find_class
+from imagen_lightning.components import build, describe, short
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError, TextEncoder
+
+_ROOM = 2**24  # elements that a tensor of a stage may have whatever its weights are: tables, positions
 
 
 def as_module(stage: DiffusionMixin) -> nn.Module:
@@ -27,7 +31,7 @@ def low_res_size(stage: DiffusionMixin) -> int | None:
 
 
 def stage_name(stage: DiffusionMixin) -> str:
-    return "base" if low_res_size(stage) is None else f"sr_{stage.image_size}"
+    return stage.stage_name
 
 
 def num_parameters(stage: DiffusionMixin) -> int:
@@ -91,42 +95,98 @@ def share_encoders(stages: list[DiffusionMixin]) -> list[DiffusionMixin]:
     return stages
 
 
-def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, said, found) for each value of `found` that `said` has otherwise; keys that `said` lacks say nothing."""
-    if isinstance(said, Mapping) and isinstance(found, Mapping):
+def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, problem) for each value of `found` that `said` lacks or has otherwise; what else it says may stay."""
+    if isinstance(found, Mapping) and isinstance(said, Mapping):
         for name in found:
+            inner = f"{key}.{name}" if key else name
             if name in said:
-                yield from contradictions(said[name], found[name], f"{key}.{name}" if key else name)
+                yield from contradictions(said[name], found[name], inner)
+            else:
+                yield inner, f"is missing; the stage's own arguments give {short(found[name])}: add it"
     elif said != found:
-        yield key, said, found
+        yield key, f"is {short(said)}, but the stage's own arguments give {short(found)}; correct either"
 
 
-def build_stage(description: Mapping[str, Any], trust: tuple[str, ...], what: str) -> DiffusionMixin:
-    """A stage from its class and arguments, its weights left on the meta device, where they need no memory.
+def build_stage(
+    description: Mapping[str, Any], trust: tuple[str, ...], what: str, shapes: Collection[Sequence[int]]
+) -> DiffusionMixin:
+    """Make a stage of its class and arguments, its weights left on the meta device, where they need no memory.
 
     `put_tensors` gives it weights. A stage that needs its weights while it is made has them.
+
+    Args:
+        description: `class_path` and `init_args`.
+        trust: packages next to this one whose classes may be named.
+        what: names the stage in messages.
+        shapes: of the tensors that its files hold. A stage of far larger ones, or of far more of them, is refused
+            before they take memory.
 
     Raises:
         InputError: a class of a package that is not trusted, or arguments that make no stage.
     """
+
+    def make() -> DiffusionMixin:
+        return build(description, trust, kind=DiffusionMixin, complete=True).eval()
+
     try:
-        cls = find_class(description["class_path"], trust)
-        if not issubclass(cls, DiffusionMixin):
-            raise InputError(f"{class_path(cls)} is no stage")
-        try:
-            with without_weights():
-                stage = build(description, trust).eval()
-            whole = not _misses_data(stage)
-        except (RuntimeError, NotImplementedError):  # what torch raises where data is asked for; others show again
-            whole = False
-        if not whole:
-            stage = build(description, trust).eval()
+        with _bounded(shapes):
+            try:
+                with without_weights():
+                    stage = make()
+                whole = not _misses_data(as_module(stage))
+            except InputError as error:
+                if not isinstance(error.__cause__, RuntimeError):
+                    raise
+                whole = False  # torch raises so where data is asked for; any other reason shows again
+            if not whole:
+                stage = make()
         stage_summary(stage)  # settings that are none show here
         return stage
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise InputError(f"{what} cannot be built from its arguments: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _bounded(shapes: Collection[Sequence[int]]) -> Iterator[None]:
+    """Refuse, within it and in this thread, modules far larger than tensors of these shapes."""
+    largest = max([_ROOM, *(4 * math.prod(shape) for shape in shapes)])
+    left, here = 4 * len(shapes) + 1000, threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if threading.get_ident() == here:
+            left -= 1
+            if left < 0:
+                raise InputError(f"its arguments ask for far more layers than its weights, {len(shapes)} tensors, have")
+
+    handle = register_module_parameter_registration_hook(count)  # type: ignore[arg-type]
+    try:
+        with _Bounded(largest):
+            yield
+    finally:
+        handle.remove()
+
+
+class _Bounded(TorchDispatchMode):
+    """Refuses to make a tensor of more elements than `largest`."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        self.largest = largest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not types and any(argument.name == "device" for argument in func._schema.arguments):
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if isinstance(made, Tensor) and made.numel() > self.largest:
+                raise InputError(
+                    f"its arguments ask for a tensor of shape {tuple(made.shape)}, far larger than any of its weights; "
+                    "they belong to another architecture"
+                )
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from imagen_lightning.cascade.description import (
 from imagen_lightning.cascade.local import first_line, whole_folder
 from imagen_lightning.cascade.manifest import FORMAT, MANIFEST, RESIZE, VALUE_RANGE, VERSION, read_manifest
 from imagen_lightning.cascade.origin import check_origin, check_record
-from imagen_lightning.cascade.weights import load_stage_weights, write_stage_weights
+from imagen_lightning.cascade.weights import load_stage_weights, stored_shapes, write_stage_weights
 from imagen_lightning.components import class_path
 from imagen_lightning.io.atomic import write_text
 from imagen_lightning.stages import DiffusionMixin
@@ -62,7 +62,7 @@ def read_folder(
     """The stages and the metrics of a cascade's folder."""
     path, manifest = read_manifest(folder)
     stages = [read_stage(path, entry, trust, dtype, device) for entry in manifest["stages"]]
-    return share_encoders(stages), manifest.get("metrics", [])
+    return share_encoders(stages), manifest["metrics"]
 
 
 def read_stage(
@@ -76,12 +76,17 @@ def read_stage(
     what = f"stage {entry['name']!r} of {path}"
     origin = check_origin(entry.get("origin"), what)
     record = check_record(entry["weights"].get("record"), what)
-    stage = build_stage(entry["stage"], trust, what)
-    for key, said, found in contradictions(entry, stage_summary(stage)):
-        raise InputError(f"{what}: {key} is {said!r}, but the stage's own arguments give {found!r}; mend either")
+    stage = build_stage(entry["stage"], trust, what, stored_shapes(path.parent, entry, what))
+    _refuse_contradictions(entry, stage_summary(stage), what)
     load_stage_weights(as_module(stage), path.parent, entry, what, dtype, device)
+    _refuse_contradictions(entry, {"weights": {"num_parameters": num_parameters(stage)}}, what)
     stage.origin, stage.weights_record = origin, record
     return stage
+
+
+def _refuse_contradictions(entry: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
+    for key, problem in contradictions(entry, found):
+        raise InputError(f"{what}: {key} {problem}")
 
 
 def rewrite_manifest(folder: str | Path, stages: Sequence[DiffusionMixin], metrics: list[dict[str, Any]]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from imagen_lightning import __version__
 from imagen_lightning.cascade.local import first_line, refuse_address
+from imagen_lightning.components import short
+from imagen_lightning.files import parse_json
 from imagen_lightning.types import InputError
 
 MANIFEST = "cascade.json"
@@ -26,7 +27,7 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
             f"{str(folder)!r} is no cascade folder: it has no {MANIFEST}; `imagen-lightning cascade` makes one"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
+        manifest = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # of JSON and of UTF-8
         raise InputError(f"{path} is damaged ({first_line(error)}); make the cascade anew") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -34,7 +35,7 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     for key, known in (("version", VERSION), ("value_range", VALUE_RANGE), ("resize", RESIZE)):
         if manifest.get(key) != known:
             raise InputError(
-                f"{path}: {key} {manifest.get(key)!r} is unknown to imagen-lightning {__version__}, which reads "
+                f"{path}: {key} {short(manifest.get(key))} is unknown to imagen-lightning {__version__}, which reads "
                 f"{known!r}; another version may read it"
             )
     entries = manifest.get("stages")
@@ -49,9 +50,9 @@ def read_manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     )
     if not whole or not entries:
         raise InputError(f"{path} is damaged: each of its stages needs name, stage and weights; make the cascade anew")
-    metrics = manifest.get("metrics", [])
+    metrics = manifest.get("metrics")
     if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
-        raise InputError(f"{path} is damaged: its metrics are no list of objects; make that [] or mend it")
+        raise InputError(f"{path} is damaged: its metrics are not a list of objects; make that [] or correct it")
     return path, manifest
 
 

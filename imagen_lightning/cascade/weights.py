@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -101,20 +102,33 @@ def load_stage_weights(
     headers = {path: read_header(path) for path in files}
     stored = _joined(headers, what)
     check_tensors(module, stored, what)
+    _check_one_type(stored, what)
     if _shapes_only.get():
         put_tensors(module, {key: _shape_of(key, value, wanted_dtype) for key, value in stored.items()})
         return
-    tensors = {}
+    tensors, trained = {}, dict(module.named_parameters())
     for path, sha256 in files.items():
         digest = hashlib.sha256()
         for key, value in read_tensors(path, headers[path], digest):
-            cast = value.is_floating_point() and not key.startswith(WORDS)
+            cast = _is_cast(key, value.dtype)
             tensors[key] = value.to(device, wanted_dtype if cast else None)
+            if key in trained:
+                check_finite(key, value, what)
         if digest.hexdigest() != sha256:
             raise InputError(
                 f"weights {str(path)!r} are not those that {MANIFEST} was written with: their SHA-256 differs"
             )
     put_tensors(module, tensors)
+
+
+def stored_shapes(folder: Path, entry: Mapping[str, Any], what: str) -> list[tuple[int, ...]]:
+    """Return the shapes of a stage's weights in a cascade's folder.
+
+    Raises:
+        InputError: as `load_stage_weights`, of files that cannot be read.
+    """
+    paths = [_weights_path(folder, name, entry) for name, _ in weight_files(entry)]
+    return [stored.shape for stored in _joined({path: read_header(path) for path in paths}, what).values()]
 
 
 @contextmanager
@@ -128,8 +142,13 @@ def shapes_only() -> Iterator[None]:
 
 
 def _shape_of(key: str, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
-    cast = dtype is not None and stored.dtype.is_floating_point and not key.startswith(WORDS)
+    cast = dtype is not None and _is_cast(key, stored.dtype)
     return torch.empty(stored.shape, dtype=dtype if cast else stored.dtype, device="meta")
+
+
+def _is_cast(key: str, dtype: torch.dtype) -> bool:
+    """Return whether a tensor takes the type that a stage is loaded in."""
+    return dtype.is_floating_point and not key.startswith(WORDS)
 
 
 def weight_files(entry: Mapping[str, Any]) -> list[tuple[str, str | None]]:
@@ -142,7 +161,7 @@ def _weights_path(folder: Path, name: str, entry: Mapping[str, Any]) -> Path:
     path = folder / name
     if Path(name).name != name or path.suffix != ".safetensors":
         raise InputError(f"weights {name!r} of stage {entry['name']!r} must be a .safetensors file in {folder}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for names that the file system refuses
         raise InputError(f"weights {str(path)!r} of stage {entry['name']!r} are missing; copy the whole cascade folder")
     return path
 
@@ -170,11 +189,39 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor | StoredTensor
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise InputError(f"weights of {what} {problem} {keys[0]!r}{others}: they belong to another architecture")
     for key, value in wanted.items():
+        if (kind := _kind(tensors[key].dtype)) != _kind(value.dtype):
+            raise InputError(
+                f"weights of {what}: {key!r} holds {kind} numbers ({tensors[key].dtype}), and the stage has "
+                f"{_kind(value.dtype)} ones there; save them as {value.dtype}"
+            )
         if tuple(value.shape) != tuple(tensors[key].shape):
             raise InputError(
                 f"weights of {what}: {key!r} has shape {tuple(tensors[key].shape)}, the stage needs "
                 f"{tuple(value.shape)}; they belong to another architecture"
             )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating-point" if dtype.is_floating_point else "boolean" if dtype == torch.bool else "whole"
+
+
+def _check_one_type(stored: Mapping[str, StoredTensor], what: str) -> None:
+    """Raise InputError where floating-point weights are of several types, which no stage computes with."""
+    found = {value.dtype: key for key, value in stored.items() if _is_cast(key, value.dtype)}
+    if len(found) > 1:
+        said = ", ".join(f"{key!r} is {dtype}" for dtype, key in found.items())
+        raise InputError(f"weights of {what} are of several types ({said}); save them as one")
+
+
+def check_finite(key: str, value: Tensor, what: str) -> None:
+    """Raise InputError where weights hold NaN or infinite values; vectors of new words that are not trained yet may."""
+    if value.is_floating_point() and not key.startswith(WORDS) and not bool(value.isfinite().all()):
+        raise InputError(
+            f"weights of {what}: {key!r} holds NaN or infinite values, of which no image can come; take an earlier "
+            "checkpoint"
+        )
 
 
 def put_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,21 +91,28 @@ def _add_adapters(cascade: Cascade, given: Sequence[str]) -> None:
 
 
 def _parts(text: str, names: Sequence[str]) -> tuple[str | None, str, float]:
-    """(stage or None, file, weight) of `[STAGE=]FILE[@WEIGHT]`; a file may have either sign in its name."""
-    file, weight = text, 1.0
+    """Return (stage or None, file, weight) of `[STAGE=]FILE[@WEIGHT]`; a file may have either sign in its name."""
     before, at, after = text.rpartition("@")
-    if at and not Path(text).expanduser().exists():
-        try:
-            file, weight = before, float(after)
-        except ValueError:
-            raise InputError(f"--adapter {text!r}: weight {after!r} is no number; write FILE@0.5") from None
-    if Path(file).expanduser().exists():
-        return None, file, weight
-    stage, equals, rest = file.partition("=")
-    if not equals:
-        raise InputError(f"--adapter {text!r}: {file!r} does not exist; give a file or a folder")
-    _number(names, stage)
-    return stage, rest, weight
+    for part, weight in ((text, "1"), (before, after))[: 2 if at else 1]:  # a file of the very name comes first
+        stage, equals, rest = part.partition("=")
+        for name, file in ((None, part), (stage, rest))[: 2 if equals else 1]:
+            if Path(file).expanduser().exists():
+                if name is not None:
+                    _number(names, name)
+                return name, file, _weight(text, weight)
+    if equals:
+        _number(names, stage)
+    raise InputError(f"--adapter {text!r}: {rest if equals else part!r} does not exist; give a file or a folder")
+
+
+def _weight(text: str, weight: str) -> float:
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"--adapter {text!r}: weight {weight!r} is not a finite number; write FILE@0.5")
+    return value
 
 
 def _number(names: Sequence[str], stage: str) -> int:

@@ -27,6 +27,15 @@ class DiffusionProcess:
     times: TrainingTimes = field(default_factory=EvenTimes)
     variance: LearnedRange | FixedVariance | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a learned variance for chains of another length than the schedule's table."""
+        steps = getattr(self.schedule, "num_steps", None)
+        if isinstance(self.variance, LearnedRange) and steps not in (None, self.variance.num_steps):
+            raise InputError(
+                f"{type(self.schedule).__name__} has num_steps {steps} and LearnedRange num_steps "
+                f"{self.variance.num_steps}; its bound is of the schedule's chain: give both the same"
+            )
+
     @property
     def learns_variance(self) -> bool:
         return isinstance(self.variance, LearnedRange)

@@ -18,7 +18,7 @@ class LearnedRange:
     Args:
         vlb_weight: the paper's lambda.
         num_steps: T of L_vlb, in bits per dimension; one term at the drawn time stands for the T of them, which is
-            unbiased where times are drawn evenly.
+            unbiased where times are drawn evenly. With a `DiscreteSchedule` it is its num_steps.
     """
 
     def __init__(self, vlb_weight: float = 0.001, num_steps: int = 1000) -> None:

@@ -7,7 +7,6 @@ one fused adapter whose rank is the sum of theirs, B in blocks. Both are exact.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from imagen_lightning.components import class_path
 from imagen_lightning.export.diffusers_unet import names
 from imagen_lightning.export.peft_adapter import Files, check_config, checked_pair, scale_of
+from imagen_lightning.files import parse_json
 from imagen_lightning.networks import UNet
 from imagen_lightning.networks.lora import Factors
 from imagen_lightning.types import InputError
@@ -143,7 +143,7 @@ def _config(header: Mapping[str, str]) -> dict[str, Any]:
     if _METADATA not in header:
         return {}
     try:
-        content = json.loads(header[_METADATA])
+        content = parse_json(header[_METADATA])
     except ValueError as error:
         raise InputError(f"its {_METADATA} is damaged; copy the file again") from error
     if not isinstance(content, dict):

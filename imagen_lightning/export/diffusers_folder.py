@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from imagen_lightning.cascade.local import first_line
-from imagen_lightning.files import read_text
+from imagen_lightning.files import parse_json, read_text
 from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.text.hub import first_sentence, reach_hub
 from imagen_lightning.types import InputError
@@ -140,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: no such file, or something else in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{str(path)!r} is missing ({first_line(error)}); copy the whole pipeline") from error
     except ValueError as error:

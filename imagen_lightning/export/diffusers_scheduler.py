@@ -6,6 +6,7 @@ Two are known: DDPMScheduler and DPMSolverMultistepScheduler. Nothing here needs
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,8 +85,8 @@ REQUIRED: dict[str, Any] = {
     "final_sigmas_type": "zero",
     "use_dynamic_shifting": False,
 }
-# Of DDPMScheduler, which a DPMSolverMultistepScheduler made from its config keeps and does not look at.
-UNREAD = ("clip_sample", "clip_sample_range")
+# Of earlier DDPMSchedulers, which read it; any other value of it changes the samples.
+REQUIRED_EARLIER: dict[str, Any] = {"predict_epsilon": True}
 LOWER_ORDER_BELOW = 15  # of DPMSolverMultistepScheduler, where lower_order_final
 
 PREDICTIONS: dict[str, type[Parametrization]] = {"epsilon": Epsilon, "v_prediction": V, "sample": X0}
@@ -115,6 +116,10 @@ def read_scheduler(config: Mapping[str, Any], what: str) -> SchedulerSettings:
         config: the file's content.
         what: names the file in messages.
 
+    Fields that the scheduler does not read are passed over, named in one warning: those of the other class, which a
+    scheduler that diffusers made from its config keeps (published DeepFloyd IF has `lambda_min_clipped` in its
+    DDPMScheduler), and any that neither class has.
+
     Raises:
         InputError: a scheduler other than the two, or a field with a value that the samplers here cannot have; all such
             fields are named.
@@ -137,6 +142,7 @@ def read_scheduler(config: Mapping[str, Any], what: str) -> SchedulerSettings:
         _check(full, "steps_offset", (0,), wrong)
     if wrong:
         raise InputError(f"{what} cannot be followed: {'; '.join(wrong)}")
+    _tell_unread(config, full, what)
 
     learned = full["variance_type"] == "learned_range"
     thresholding: Thresholding = NoThresholding()
@@ -176,6 +182,7 @@ def read_noising(config: Mapping[str, Any], what: str) -> DiscreteSchedule:
     full, wrong = _filled(config, DDPM_DEFAULTS)
     if wrong:
         raise InputError(f"{what} cannot be followed: {'; '.join(wrong)}")
+    _tell_unread(config, full, what)
     return _table(full)
 
 
@@ -299,7 +306,9 @@ def _thresholding(rule: Thresholding, known: tuple[type, ...], wrong: list[str])
 def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The config with its defaults filled in, and what is wrong in it whatever it is read for."""
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    wrong = [f"{key} {value!r} (unknown)" for key, value in given.items() if key not in defaults and key not in UNREAD]
+    wrong: list[str] = []
+    for key, value in REQUIRED_EARLIER.items():
+        _check({key: value, **given}, key, (value,), wrong)
     full = {**defaults, **{key: value for key, value in given.items() if key in defaults}}
     for key, value in REQUIRED.items():
         if key in full:
@@ -307,6 +316,13 @@ def _filled(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dic
     if full["trained_betas"] is None:
         _check(full, "beta_schedule", ("linear", "squaredcos_cap_v2"), wrong)
     return full, wrong
+
+
+def _tell_unread(config: Mapping[str, Any], full: Mapping[str, Any], what: str) -> None:
+    """Warn of the fields that the scheduler does not read, if there are any."""
+    unread = [key for key in config if not key.startswith("_") and key not in full and key not in REQUIRED_EARLIER]
+    if unread:
+        warnings.warn(f"{what}: {config['_class_name']} does not read {', '.join(unread)}; passed over", stacklevel=3)
 
 
 def _check(full: Mapping[str, Any], key: str, known: tuple[Any, ...], wrong: list[str]) -> None:

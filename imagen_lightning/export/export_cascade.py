@@ -15,7 +15,7 @@ from imagen_lightning.cascade.local import whole_folder
 from imagen_lightning.cascade.manifest import read_manifest
 from imagen_lightning.cascade.origin import check_origin, check_record
 from imagen_lightning.cascade.tensors import write_tensors
-from imagen_lightning.cascade.weights import load_stage_weights
+from imagen_lightning.cascade.weights import load_stage_weights, stored_shapes
 from imagen_lightning.components import describe_args
 from imagen_lightning.export.diffusers_folder import INDEX, SETTINGS, TEXT_ENCODER, TOKENIZER, WEIGHTS
 from imagen_lightning.export.diffusers_unet import to_diffusers
@@ -52,7 +52,7 @@ def export_cascade(cascade: str | Path, out: str | Path, text_encoder: str | Non
     stages: list[DiffusionMixin] = []
     for entry in manifest["stages"]:
         what = f"stage {entry['name']!r} of {path}"
-        stages.append(build_stage(entry["stage"], (), what))
+        stages.append(build_stage(entry["stage"], (), what, stored_shapes(path.parent, entry, what)))
         stages[-1].origin = check_origin(entry.get("origin"), what)
         stages[-1].weights_record = check_record(entry["weights"].get("record"), what)
     configs = _all_configs(stages)

@@ -14,7 +14,7 @@ from torch import Tensor
 from imagen_lightning.cascade import Cascade
 from imagen_lightning.cascade.description import as_module, build_stage, share_encoders, without_weights
 from imagen_lightning.cascade.origin import check_origin, check_record
-from imagen_lightning.cascade.weights import find_dtype, put_tensors
+from imagen_lightning.cascade.weights import check_finite, find_dtype, put_tensors
 from imagen_lightning.components import describe
 from imagen_lightning.diffusion import LowResAugmentation
 from imagen_lightning.export.diffusers_folder import (
@@ -152,7 +152,7 @@ def _described(folder: PipelineFolder, encoder: T5TextEncoder) -> DiffusionMixin
         raise InputError(f"{what} is described in no {SETTINGS_FORMAT!r}; remove that file or write it anew")
     description = copy.deepcopy(settings["stage"])
     _argument(description, "text")["encoder"] = describe(encoder)
-    stage = build_stage(description, (), what)
+    stage = build_stage(description, (), what, [shape for _, shape in tensor_shapes(folder.weights).values()])
     if not describes(stage, folder):
         return None
     stage.origin = check_origin(settings.get("origin"), what)
@@ -247,7 +247,10 @@ def _tensors(folder: PipelineFolder, stage: DiffusionMixin, dtype: torch.dtype |
     for ours, theirs in table.items():
         parts = [files[found[name][0]].get_tensor(name) for name in theirs]
         value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        yield f"network.{ours}", value.to(dtype) if value.is_floating_point() else value
+        if not value.is_floating_point():
+            raise InputError(f"weights of {folder.source!r}: {theirs[0]!r} is of {value.dtype}; save them as float32")
+        check_finite(theirs[0], value, repr(folder.source))
+        yield f"network.{ours}", value.to(dtype)
 
 
 def _check_tensors(

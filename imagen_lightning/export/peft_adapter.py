@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from imagen_lightning.cascade.local import first_line
+from imagen_lightning.files import parse_json
 from imagen_lightning.networks.lora import Factors
 from imagen_lightning.types import InputError
 
@@ -124,7 +124,7 @@ def _for_layer(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"its {path.name} cannot be read ({first_line(error)}); copy the whole folder") from error
     except ValueError as error:

@@ -24,7 +24,8 @@ from imagen_lightning.cascade.local import first_line, refuse_address, whole_fol
 from imagen_lightning.cascade.origin import check_record, merged_record
 from imagen_lightning.components import describe
 from imagen_lightning.export import diffusers_adapter, peft_adapter
-from imagen_lightning.networks.lora import Factors, add_factors, check_factors, factors, weights_digest
+from imagen_lightning.files import parse_json
+from imagen_lightning.networks.lora import Factors, add_factors, check_factors, check_weight, factors, weights_digest
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
 
@@ -234,7 +235,7 @@ def _said(header: Mapping[str, str], what: str) -> dict[str, Any]:
     if KEY not in header:
         return {}
     try:
-        said = json.loads(header[KEY])
+        said = parse_json(header[KEY])
     except ValueError as error:
         raise InputError(f"{what} is damaged: {first_line(error)}; copy it again") from error
     if not isinstance(said, dict) or said.get("version") != VERSION:
@@ -252,11 +253,13 @@ def combine(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         adapters: each with its weight, all of one base.
 
     Raises:
-        InputError: none, or ones of different bases.
+        InputError: none, ones of different bases, or a weight that is not finite.
     """
     if not adapters:
         raise InputError("there are no adapters to combine; give at least one")
     base = adapters[0][0].base
+    for _, weight in adapters:
+        check_weight(weight)
     for adapter, _ in adapters[1:]:
         if base is not None and adapter.base is not None:
             check_base(adapter.base, base)
@@ -277,10 +280,12 @@ def apply(stage: DiffusionMixin, adapters: Sequence[tuple[str | Path, float]]) -
         adapters: each file or folder with its weight.
 
     Raises:
-        InputError: as `load`.
+        InputError: as `load`; a weight that is not finite.
     """
     if stage.adapter is not None:
         raise InputError(f"stage {stage_name(stage)!r} has an adapter of its own; merge it first")
+    for _, weight in adapters:
+        check_weight(weight)
     loaded = [(load(path, stage), weight) for path, weight in adapters]  # all are checked before any is added
     for adapter, weight in loaded:
         add_factors(stage.network, adapter.layers, weight)

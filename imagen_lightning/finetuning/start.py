@@ -21,7 +21,7 @@ from imagen_lightning.cascade.description import build_stage
 from imagen_lightning.cascade.manifest import read_manifest
 from imagen_lightning.cascade.origin import check_record, descended
 from imagen_lightning.cascade.sampling import find_stage
-from imagen_lightning.cascade.weights import load_stage_weights
+from imagen_lightning.cascade.weights import load_stage_weights, stored_shapes
 from imagen_lightning.components import build
 from imagen_lightning.diffusion import (
     CosineSchedule,
@@ -141,7 +141,8 @@ def from_cascade(
 
     if dtype not in (None, "float32") and adapter is None:
         raise InputError(f"dtype {dtype!r} would lose small updates of weights that are trained; add an adapter")
-    made = build_stage({**entry["stage"], "init_args": arguments}, trusted, what)
+    stored = stored_shapes(path.parent, entry, what)
+    made = build_stage({**entry["stage"], "init_args": arguments}, trusted, what, stored)
     if made.sampling.sampler.needs_variance and not made.process.learns_variance:
         raise InputError(
             f"{what} is sampled with its learned variance, which variance {type(variance).__name__} leaves aside; set "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class LoRA:
         targets: Sequence[str] = ("attention",),
         dropout: float = 0.0,
     ) -> None:
-        if rank < 1 or (alpha is not None and alpha <= 0):
+        if rank < 1 or (alpha is not None and not 0 < alpha < math.inf):
             raise InputError(f"LoRA rank {rank} must be at least 1 and alpha {alpha} positive")
         if not 0 <= dropout < 1:
             raise InputError(f"LoRA dropout {dropout} must be in [0, 1)")
@@ -139,18 +140,34 @@ def add_factors(network: nn.Module, given: Mapping[str, Factors], weight: float 
     """Adds weight times what an adapter adds to the network's own weights, in float32 or finer.
 
     Raises:
-        InputError: a layer is not there, or has another shape.
+        InputError: a layer is not there, or has another shape; a weight or a sum that is not finite. Nothing is added.
     """
+    check_weight(weight)
     check_factors(network, given)
-    for name, each in given.items():
+
+    def added(name: str, each: Factors) -> tuple[Tensor, Tensor]:
         own = network.get_submodule(name).weight
         assert isinstance(own, Tensor)
         finer = torch.promote_types(own.dtype, torch.float32)
-        own.copy_(own.to(finer) + weight * each.delta(finer).to(own.device))
+        return own, (own.to(finer) + weight * each.delta(finer).to(own.device)).to(own.dtype)
+
+    for name, each in given.items():
+        own, total = added(name, each)
+        if bool(own.isfinite().all()) and not bool(total.isfinite().all()):
+            raise InputError(f"the adapter's layer {name!r} times weight {weight} is too large for {own.dtype} weights")
+    for name, each in given.items():
+        own, total = added(name, each)
+        own.copy_(total)
+
+
+def check_weight(weight: float) -> None:
+    """Raise InputError where the weight of an adapter is not a finite number."""
+    if not math.isfinite(weight):
+        raise InputError(f"the weight {weight} of an adapter is not a finite number; 1 adds it as it was trained")
 
 
 def check_factors(network: nn.Module, given: Mapping[str, Factors]) -> None:
-    """Raises InputError where a layer is not there, or has another shape."""
+    """Raise InputError where a layer is not there, has another shape, or is not finite."""
     for name, each in given.items():
         try:
             layer = network.get_submodule(name)
@@ -159,6 +176,8 @@ def check_factors(network: nn.Module, given: Mapping[str, Factors]) -> None:
         if layer is None or not can_adapt(layer):
             raise InputError(f"the adapter has a layer {name!r}, and the network ({type(network).__name__}) none")
         shape, wanted = (each.b.shape[0], *each.a.shape[1:]), tuple(layer.weight.shape)  # type: ignore[union-attr,arg-type]
+        if not (math.isfinite(each.scale) and bool(each.a.isfinite().all()) and bool(each.b.isfinite().all())):
+            raise InputError(f"the adapter's layer {name!r} holds NaN or infinite values; take an earlier checkpoint")
         if shape != wanted or each.a.shape[0] != each.b.shape[1]:
             raise InputError(
                 f"the adapter's layer {name!r} is for a weight of {shape}, with A {tuple(each.a.shape)} and B "

@@ -54,10 +54,10 @@ class PatchTransformer(ConditionedNetwork):
             raise InputError(f"head_dim {head_dim} must be a multiple of 4 and divide dim {dim}")
         self.dim, self.num_layers, self.bottleneck, self.head_dim = dim, num_layers, bottleneck, head_dim
         self.dropout, self.out_channels = dropout, out_channels
-        self.recompute_with(recompute)
         self.stride = patch_size
         self.patch_in = nn.Sequential(nn.Linear(self.in_channels, bottleneck, bias=False), nn.Linear(bottleneck, dim))
         self.blocks = nn.ModuleList(Block(dim, text_dim, head_dim, dropout) for _ in range(num_layers))
+        self.recompute_with(recompute)
         self.norm_out, self.modulate_out = RMSNorm(dim), _zero(nn.Linear(dim, 2 * dim))
         self.patch_out = _zero(nn.Linear(dim, out_channels * patch_size**2))
 

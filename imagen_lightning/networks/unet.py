@@ -85,7 +85,7 @@ class UNet(ConditionedNetwork):
         out_scale: float = 1.0,
         recompute: bool | list[bool] = False,
     ) -> None:
-        features = time_dim or 4 * dim
+        features = 4 * dim if time_dim is None else time_dim
         super().__init__(
             channels,
             dim,

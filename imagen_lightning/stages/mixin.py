@@ -19,20 +19,21 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 # isort: split
 from lightning.pytorch.core import saving
 
-from imagen_lightning.components import build, describe_args
+from imagen_lightning.components import OWN_PACKAGE, build_as, describe_args
 from imagen_lightning.diffusion import DiffusionProcess, guide, threshold
 from imagen_lightning.diffusion.guidance import within
 from imagen_lightning.diffusion.process import wrong_channels
 from imagen_lightning.diffusion.random import Stream, normal, spread_uniform, uniform
-from imagen_lightning.images import to_float
+from imagen_lightning.images import are_finite, to_float
 from imagen_lightning.networks import LoRA, lora
+from imagen_lightning.networks.conditioned import ConditionedNetwork
 from imagen_lightning.samplers.common import noise_like
 from imagen_lightning.stages.means import Means
 from imagen_lightning.stages.optimization import Optimization
 from imagen_lightning.stages.settings import Execution, Sampling, TextSettings
 from imagen_lightning.text import PseudoTokens
 from imagen_lightning.text.batching import join_texts, replace_texts
-from imagen_lightning.types import Batch, Conditioning, Denoiser, InputError, Sampler, Text
+from imagen_lightning.types import Batch, Conditioning, Denoised, Denoiser, InputError, NonFiniteSamples, Sampler, Text
 
 AREA_TOLERANCE = 0.1  # by which the area of images of another aspect may differ from the square's, as a share
 VALIDATION_SEED = 0  # validation noise is the same in every run, whatever its seed, so that two runs compare
@@ -51,6 +52,7 @@ class StepRecord:
 class DiffusionMixin:
     """Training, validation and sampling of one stage of a cascade."""
 
+    undescribed = ("optimization",)  # arguments that only training uses, which no manifest and no checkpoint holds
     image_size: int
     network: nn.Module
     text: TextSettings
@@ -58,7 +60,7 @@ class DiffusionMixin:
     tokens: PseudoTokens | None
     seed: int
     process: DiffusionProcess
-    sampling: Sampling
+    own_guidance = 3.0  # of a stage whose `sampling` gives none
     optimization: Optimization
     execution: Execution
     adapter: LoRA | None = None
@@ -70,8 +72,28 @@ class DiffusionMixin:
     weights_record: dict[str, Any] | None = None  # what the weights are, {"kind": "ema", …}; None: unknown
     origin: dict[str, Any] | None = None  # where imported or inherited weights come from, licences included: plain data
 
+    @property
+    def sampling(self) -> Sampling:
+        """How the stage is sampled by default, its guidance a number."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling) -> None:
+        self._sampling = replace(value, guidance=self.own_guidance) if value.guidance is None else value
+
+    @property
+    def stage_name(self) -> str:
+        """The stage's name in a cascade: "base", and "sr_256" for super-resolution to 256 px."""
+        return "base" if getattr(self, "low_res_size", None) is None else f"sr_{self.image_size}"
+
     def prepare(self) -> None:
         """Checks that the parts fit and readies the network; a stage calls it at the end of its `__init__`."""
+        own = type(self.network).__module__.startswith(f"{OWN_PACKAGE}.")
+        if own and not isinstance(self.network, ConditionedNetwork):
+            raise InputError(
+                f"network {type(self.network).__name__} cannot make images; use UNet, EfficientUNet, PatchTransformer "
+                "or your own"
+            )
         wanted = getattr(self.network, "text_dim", None)
         if wanted != self.text.dim:
             raise InputError(f"the network's text_dim is {wanted}; the text it is given has {self.text.dim} features")
@@ -315,6 +337,9 @@ class DiffusionMixin:
             aug_level: in [0, 1], noise put on low_res; super-resolution only.
             negative: B captions to steer away from.
             on_step: called with no argument once a step, after its (first) network evaluation.
+
+        Raises:
+            NonFiniteSamples: images hold NaN or infinite values; the message names the stage and the first such step.
         """
         network = self.network
         was_training = network.training
@@ -336,17 +361,27 @@ class DiffusionMixin:
             steps = self.sampling.num_steps if num_steps is None else num_steps
             times = self.sampling.spacing(steps, self.process.schedule)
 
-            evaluations, a_step = 0, getattr(run, "evaluations_per_step", 1)
+            a_step = getattr(run, "evaluations_per_step", 1)
+            finite: list[Tensor] = []  # (B,) of each evaluation's x0, on the device, which nothing waits for
 
             def counted(x_t: Tensor, t: Tensor) -> Tensor:
-                nonlocal evaluations
                 result = denoise(x_t, t)
-                if on_step is not None and evaluations % a_step == 0:
+                if on_step is not None and len(finite) % a_step == 0:
                     on_step()
-                evaluations += 1
+                finite.append(are_finite(result.x0 if isinstance(result, Denoised) else result))
                 return result
 
-            return run(counted, x, times, schedule=self.process.schedule, generator=generators)
+            images = run(counted, x, times, schedule=self.process.schedule, generator=generators)
+            if bool((bad := ~are_finite(images)).any()):
+                step = next((i // a_step + 1 for i, each in enumerate(finite) if not bool(each.all())), steps)
+                raise NonFiniteSamples(
+                    f"stage {self.stage_name!r} gave NaN or infinite values at step {step} of {steps}, in "
+                    f"{int(bad.sum())} of {len(bad)} images; sample with less guidance or in float32, or take an "
+                    "earlier checkpoint",
+                    images,
+                    bad.cpu(),
+                )
+            return images
         finally:
             self.train(was_training)  # type: ignore[attr-defined]
 
@@ -393,12 +428,12 @@ class DiffusionMixin:
 
     def hyperparameters(self) -> dict[str, Any]:
         """The stage's arguments as plain data, without those that only training uses."""
-        return describe_args(self, skip=("optimization",))
+        return describe_args(self, skip=self.undescribed)
 
 
 def instantiate(cls: type, arguments: dict[str, Any]) -> Any:
     """What `load_from_checkpoint` makes a stage with."""
-    return cls(**{name: build(value) for name, value in arguments.items()})
+    return build_as(cls, arguments)
 
 
 saving._ALLOWED_INSTANTIATORS.add(f"{__name__}.{instantiate.__name__}")  # Lightning runs no other that a file names

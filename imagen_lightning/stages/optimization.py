@@ -27,7 +27,9 @@ class Optimization:
     `text_network.*`, `*.bias`.
 
     Attributes:
-        optimizer: any torch optimizer by class_path, e.g. torch.optim.Adafactor; by default torch.optim.AdamW.
+        optimizer: any torch optimizer by class_path, e.g. torch.optim.Adam; by default torch.optim.AdamW. A step of
+            torch.optim.Adafactor is the learning rate times the weight's own size, which leaves weights that begin at
+            zero there at rates such as 1e-4; the paper's is transformers.Adafactor with scale_parameter False.
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
         lr_schedule: "constant", or "cosine" down to `final_lr_share` at the trainer's max_steps.
         final_lr_share: the share of the learning rate that a cosine schedule ends at.

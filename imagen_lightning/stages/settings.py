@@ -27,6 +27,8 @@ from imagen_lightning.text import PseudoTokens
 from imagen_lightning.text.kept import KeptStates
 from imagen_lightning.types import Batch, InputError, Sampler, Schedule, Spacing, Text, TextEncoder
 
+MOST_STEPS = 1_000_000  # of a sampling run
+
 
 @dataclass
 class Diffusion:
@@ -84,6 +86,11 @@ class TextSettings:
             raise InputError(f"null_text {self.null_text!r} is unknown; use 'zero', 'learned' or 'empty_caption'")
         if not 0 <= self.drop <= 1:
             raise InputError(f"text drop {self.drop} must be in [0, 1]")
+        if self.network is not None and not (hasattr(self.network, "input_dim") and hasattr(self.network, "dim")):
+            raise InputError(
+                f"text network {type(self.network).__name__} does not read text: it has no input_dim and dim; use "
+                "TransformerEncoder or your own"
+            )
         if self.network is not None and self.encoder is not None and self.network.input_dim != self.encoder.dim:
             raise InputError(
                 f"text network's input_dim is {self.network.input_dim}; text encoder {self.encoder.name} gives "
@@ -143,7 +150,8 @@ class Sampling:
     Attributes:
         sampler: the algorithm; by default DDIM.
         num_steps: network evaluations an image.
-        guidance: classifier-free guidance weight, 1 for none.
+        guidance: classifier-free guidance weight, 1 for none; None is the stage's own, 3 of a base stage and 1 of
+            super-resolution.
         thresholding: what keeps x0 in range at each step; by default StaticThresholding (NoThresholding for nothing).
         spacing: where along the time the steps lie; by default UniformTimes.
         guidance_interval: (low, high) of the noise level sigma / alpha, within which guidance acts; None for all.
@@ -152,7 +160,7 @@ class Sampling:
 
     sampler: Sampler = None  # type: ignore[assignment]
     num_steps: int = 50
-    guidance: float = 3.0
+    guidance: float = None  # type: ignore[assignment]
     thresholding: Thresholding = None  # type: ignore[assignment]
     spacing: Spacing = None  # type: ignore[assignment]
     guidance_interval: tuple[float, float] | None = None
@@ -162,8 +170,8 @@ class Sampling:
         self.sampler = self.sampler or DDIM()
         self.thresholding = self.thresholding or StaticThresholding()
         self.spacing = self.spacing or UniformTimes()
-        if self.num_steps < 1:
-            raise InputError(f"sampling num_steps {self.num_steps} must be at least 1")
+        if not 1 <= self.num_steps <= MOST_STEPS:
+            raise InputError(f"sampling num_steps {self.num_steps} must be in [1, {MOST_STEPS}]")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low < high:

@@ -48,6 +48,8 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         adapter: low-rank adapters of the network, which alone are then trained.
     """
 
+    own_guidance = 1.0
+
     def __init__(
         self,
         image_size: int,
@@ -76,7 +78,7 @@ class SuperResolutionStage(DiffusionMixin, lightning.LightningModule):
         if upsampling not in ("bilinear", "bilinear_aligned"):
             raise InputError(f"upsampling {upsampling!r} is unknown; use 'bilinear' or 'bilinear_aligned'")
         self.crop_size, self.upsampling = crop_size, upsampling
-        self.sampling, self.optimization = sampling or Sampling(guidance=1.0), optimization or Optimization()
+        self.sampling, self.optimization = sampling or Sampling(), optimization or Optimization()
         self.execution = execution or Execution()
         self.adapter = adapter
         self.process = self.diffusion.process()

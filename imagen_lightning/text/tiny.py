@@ -20,6 +20,8 @@ WORD_SHARE = 0.64
 """Share of a word vector's squared length that belongs to the whole word; the rest is its n-grams', which are shared
 by words of similar spelling."""
 
+LARGEST = 2**24
+
 POSITION_SCALE = 0.2
 """Root mean square of the positions; that of the words is 1."""
 
@@ -40,12 +42,14 @@ class TinyTextEncoder(TextEncoder):
         seed: another seed gives other, unrelated vectors.
 
     Raises:
-        InputError: dim or max_tokens below 1.
+        InputError: dim or max_tokens below 1, or their product, the table of positions, above 2^24.
     """
 
     def __init__(self, dim: int = 128, max_tokens: int = 32, seed: int = 0) -> None:
         if dim < 1 or max_tokens < 1:
             raise InputError(f"TinyTextEncoder needs dim and max_tokens of at least 1, not {dim} and {max_tokens}")
+        if dim * max_tokens > LARGEST:
+            raise InputError(f"TinyTextEncoder's dim {dim} times max_tokens {max_tokens} must be at most {LARGEST}")
         self._dim = dim
         self.max_tokens = max_tokens
         self.seed = seed

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from imagen_lightning.files import parse_json
 from imagen_lightning.io.atomic import write_bytes
 from imagen_lightning.text.identity import difference
 from imagen_lightning.text.pseudo_tokens import PseudoTokens
@@ -208,6 +209,6 @@ def _unknown_words(tokens: PseudoTokens, known: PseudoTokens | None, file: Token
 def _json(metadata: Mapping[str, str], name: str) -> Any:
     """A value of the metadata, None where it is no JSON."""
     try:
-        return json.loads(metadata.get(name, ""))
-    except (ValueError, RecursionError):
+        return parse_json(metadata.get(name, ""))
+    except ValueError:
         return None

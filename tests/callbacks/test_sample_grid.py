@@ -11,7 +11,7 @@ from PIL import Image
 
 from imagen_lightning.callbacks import EMA, RunCSVLogger, SampleGrid, averaged_weights, wandb_logger
 from imagen_lightning.diffusion.random import seeded_generator
-from imagen_lightning.images import downsample, from_pil, to_float, to_uint8
+from imagen_lightning.images import downsample, from_pil, placeholder, to_float, to_uint8
 from imagen_lightning.metrics.probes import colour_shift
 from imagen_lightning.samplers import DDIM
 from imagen_lightning.types import InputError
@@ -29,6 +29,15 @@ class Careless(DDIM):
     def __call__(self, *args, **kwargs):
         self.drawn = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
         return super().__call__(*args, **kwargs)
+
+
+class Broken(DDIM):
+    """Gives the second image of all as NaN."""
+
+    def __call__(self, denoise, x, *args, **kwargs):
+        images = super().__call__(denoise, x, *args, **kwargs)
+        images[1 % len(images) :][:1] = torch.nan
+        return images
 
 
 class Draw(Callback):
@@ -138,3 +147,25 @@ def test_refusals(fit):
 def test_more_prompts_than_validation_images_are_refused(fit, make_sr, make_data):
     with pytest.raises(InputError, match="3 prompts for 2 validation images"):
         fit([SampleGrid(PROMPTS)], stage=make_sr(), datamodule=make_data(num_val=2))
+
+
+def test_images_that_are_not_finite_are_marked_and_training_continues(fit, make_sr, tmp_path, recwarn):
+    grid = SampleGrid(PROMPTS, every_n_steps=1, num_steps=2, sampler=Broken(), batch_size=3)
+    _, trainer = fit([grid], steps=3)
+    assert trainer.global_step == 3
+    for step in (1, 2, 3):
+        assert torch.equal(read(tmp_path, step, "00001.png"), placeholder(8, 8))
+        assert not torch.equal(read(tmp_path, step, "00000.png"), placeholder(8, 8))
+        assert json.loads((tmp_path / f"samples/{step:07d}/samples.json").read_text())["not_finite"] == ["00001.png"]
+    said = [str(each.message) for each in recwarn if "checkerboard" in str(each.message)]
+    assert len(said) == 1
+    assert "stage 'base' gave NaN or infinite values at step 2 of 2, in 1 of 3 images" in said[0]
+
+
+def test_the_colour_shift_of_an_image_that_is_not_finite_is_not_logged(fit, make_sr, tmp_path):
+    grid = SampleGrid(num_images=2, every_n_steps=1, num_steps=2, sampler=Broken())
+    fit([RunCSVLogger(tmp_path), grid], steps=1, stage=make_sr())
+    saved = json.loads((tmp_path / "samples/0000001/samples.json").read_text())
+    assert saved["colour_shifts"][1] == "nan"
+    assert saved["not_finite"] == ["00001.png"]
+    assert "colour_shift" not in (tmp_path / "metrics.csv").read_text()

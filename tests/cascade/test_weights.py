@@ -37,7 +37,7 @@ def test_a_stage_is_built_without_weights(cascade):
             "class_path": f"imagen_lightning.stages.{type(stage).__name__}",
             "init_args": stage.hyperparameters(),
         }
-        built = build_stage(description, (), "it")
+        built = build_stage(description, (), "it", [value.shape for value in stage.state_dict().values()])
         assert built.state_dict().keys() == stage.state_dict().keys()
         assert all(parameter.is_meta for parameter in built.parameters())
         assert [p.requires_grad for p in built.parameters()] == [p.requires_grad for p in stage.parameters()]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -107,7 +108,15 @@ def test_an_adapters_file_is_named_in_the_origin_beside_its_bases(folder, capsys
 
 def test_files_with_signs_in_their_names_are_files(folder):
     deltas = adapter("a=b@3", "base", 1)
-    for name, given, weight in (("one", "a=b@3", 1), ("two", "base=a=b@3@2", 2), ("three", "a=b@3@-1", -1)):
+    shutil.copytree("a=b@3", "with @1")
+    for name, given, weight in (
+        ("one", "a=b@3", 1),
+        ("two", "base=a=b@3@2", 2),
+        ("three", "a=b@3@-1", -1),
+        ("four", "base=with @1", 1),
+        ("five", "base=with @1@0.5", 0.5),
+        ("six", f"{folder}/with @1@2", 2),
+    ):
         assert run("cascade", name, "--adapter", given) == 0
         for key, delta in deltas.items():
             wanted = weights("cascade", "base")[key].double() + weight * delta
@@ -119,7 +128,10 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(folder, capsys):
     (folder / "evil").mkdir()
     (folder / "evil" / "adapter_model.bin").write_bytes(b"\x80\x04")
     assert "'none' does not exist" in refusal(capsys, "cascade", "out", "--adapter", "none")
-    assert "weight 'x' is no number" in refusal(capsys, "cascade", "out", "--adapter", "first@x")
+    for weight in ("x", "nan", "inf", "-inf", "1e999"):
+        line = refusal(capsys, "cascade", "out", "--adapter", f"base=first@{weight}")
+        assert f"weight {weight!r} is not a finite number" in line
+    assert "too large for torch.float32 weights" in refusal(capsys, "cascade", "out", "--adapter", "first@1e39")
     assert "stage 'sr_64' is unknown" in refusal(capsys, "cascade", "out", "--adapter", "sr_64=first")
     line = refusal(capsys, "cascade", "out", "--adapter", "sr_16=first")
     assert "adapter 'first': it is for a stage 'base'" in line

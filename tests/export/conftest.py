@@ -71,6 +71,7 @@ PUBLISHED = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
     "trained_betas": None,
+    "lambda_min_clipped": -5.1,
 }
 
 

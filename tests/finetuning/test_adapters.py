@@ -352,3 +352,34 @@ def test_a_folder_that_is_not_empty_is_kept(cascade, saved):
         adapters.save(filled(cascade)[1], saved)
     with pytest.raises(InputError, match="'kohya' is unknown"):
         adapters.save(filled(cascade)[1], saved, "kohya")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_and_adds_nothing(cascade, tmp_path, weight):
+    _, adapter = filled(cascade)
+    adapters.save(adapter, tmp_path / "one")
+    stage = stage_of(cascade)
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    for merge in (
+        lambda: adapters.apply(stage, [(tmp_path / "one", 1.0), (tmp_path / "one", weight)]),
+        lambda: adapters.combine([(adapter, 1.0), (adapter, weight)]),
+        lambda: lora.add_factors(stage.network, adapter.layers, weight),
+    ):
+        with pytest.raises(InputError, match="of an adapter is not a finite number"):
+            merge()
+    with pytest.raises(InputError, match="alpha"):
+        LoRA(2, weight)
+    assert all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())
+
+
+def test_factors_that_are_not_finite_or_overflow_are_refused_by_layer(cascade, tmp_path):
+    _, adapter = filled(cascade)
+    stage = stage_of(cascade)
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer .* times weight 1e\+39 is too large for torch.float32 weights"):
+        lora.add_factors(stage.network, adapter.layers, 1e39)
+    adapter.layers[next(iter(adapter.layers))].b[0] = torch.nan
+    adapters.save(adapter, tmp_path / "broken")
+    with pytest.raises(InputError, match=r"broken.*layer .* holds NaN or infinite values"):
+        adapters.apply(stage, [(tmp_path / "broken", 1.0)])
+    assert all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())

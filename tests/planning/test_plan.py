@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from eight_bits import BlockwiseMomentum, NeedsMemory
 from torch import nn
+from transformers import Adafactor
 
 from imagen_lightning.networks import LoRA
 from imagen_lightning.planning import find_precision, make_plan, show_plan
@@ -16,13 +18,14 @@ from imagen_lightning.types import InputError
 
 TOLERANCE = 0.1  # of the peak: what kernels take for their own work is not planned
 
-
+PAPERS_ADAFACTOR = partial(Adafactor, lr=1e-4, scale_parameter=False, relative_step=False, warmup_init=False)
 CASES = {
     "unet": {},
     "unet, recomputed": {"recompute": True},
     "unet, one level recomputed": {"recompute": [True, False]},
     "unet, dropout": {"dropout": 0.3},
     "unet, Adafactor": {"optimizer": torch.optim.Adafactor},
+    "unet, the Adafactor of transformers": {"optimizer": PAPERS_ADAFACTOR},
     "unet, accumulated": {"accumulate": 4},
     "patches": {"name": "patches"},
     "patches in bf16": {"name": "patches", "precision": "bf16-mixed"},

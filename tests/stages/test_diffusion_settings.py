@@ -1,10 +1,11 @@
 """Learned variance, training times, tables, and guidance within an interval, in a stage."""
 
+import inspect
 import json
 
 import pytest
 import torch
-from tiny_stages import SIZE, TEXT_DIM, base_stage, generators, make_batch, watch
+from tiny_stages import SIZE, TEXT_DIM, base_stage, generators, make_batch, sr_stage, watch
 
 from imagen_lightning.components import build
 from imagen_lightning.diffusion import (
@@ -221,3 +222,48 @@ def test_settings_survive_as_plain_data(diffusion, sampling):
     again.log = stage.log
     assert torch.equal(times_of(again), times_of(stage))
     assert torch.equal(*(each.sample(CAPTIONS, generators(1, 2)) for each in (again, stage)))
+
+
+@pytest.mark.parametrize("make", [base_stage, sr_stage])
+def test_a_setting_at_its_own_default_changes_no_other(make):
+    """Walks every group of settings of both stages; a group that is given in part keeps the stage's defaults."""
+    plain = make()
+    told = json.dumps(plain.hyperparameters())
+    walked = 0
+    for group in ("diffusion", "augmentation", "sampling", "optimization", "execution"):
+        if group not in inspect.signature(type(plain).__init__).parameters:
+            continue
+        kind = type(getattr(plain, group))
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if parameter.default is parameter.empty:
+                continue
+            given = kind(**{name: parameter.default})
+            stage = make(**{group: given})
+            assert json.dumps(stage.hyperparameters()) == told, (group, name)
+            assert vars(stage.optimization) == vars(plain.optimization)
+            walked += 1
+    assert walked > 20
+
+
+@pytest.mark.parametrize(("make", "guidance"), [(base_stage, 3.0), (sr_stage, 1.0)])
+def test_a_stages_own_guidance_stays_where_other_sampling_is_set(make, guidance):
+    assert make(sampling=Sampling(num_steps=20)).sampling.guidance == guidance
+    stage = make(sampling=Sampling(num_steps=20, guidance=2.0))
+    assert stage.sampling.guidance == 2.0
+    stage.sampling = Sampling(num_steps=7)
+    assert (stage.sampling.num_steps, stage.sampling.guidance) == (7, guidance)
+    assert stage.hyperparameters()["sampling"]["init_args"]["guidance"] == guidance
+
+
+def test_a_learned_variance_of_another_chain_is_refused():
+    for schedule, variance in (
+        (DiscreteSchedule(num_steps=500), LearnedRange()),
+        (DiscreteSchedule(), LearnedRange(num_steps=10)),
+    ):
+        numbers = (
+            rf"DiscreteSchedule has num_steps {schedule.num_steps} and LearnedRange num_steps {variance.num_steps}"
+        )
+        with pytest.raises(InputError, match=numbers):
+            Diffusion(schedule, variance=variance).process()
+    Diffusion(DiscreteSchedule(num_steps=10), variance=LearnedRange(num_steps=10)).process()
+    Diffusion(variance=LearnedRange(num_steps=10)).process()

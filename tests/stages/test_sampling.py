@@ -5,9 +5,9 @@ import torch
 from tiny_stages import base_stage, generators, sr_stage, text_settings, watch
 
 from imagen_lightning.diffusion import FlowSchedule, NoThresholding
-from imagen_lightning.samplers import DDPM, DPMSolverPP, LogSNRTimes
+from imagen_lightning.samplers import DDPM, DPMSolverPP, Heun, LogSNRTimes
 from imagen_lightning.stages import Diffusion, Sampling
-from imagen_lightning.types import Conditioning, InputError, Text
+from imagen_lightning.types import Conditioning, InputError, NonFiniteSamples, Text
 
 CAPTIONS = ["a red star", "a large blue circle above a square", "rain"]
 OPEN = Sampling(thresholding=NoThresholding())
@@ -158,3 +158,26 @@ def test_one_generator_an_image():
 def test_flow_samples_too():
     stage = base_stage(diffusion=Diffusion(FlowSchedule()))
     assert stage.sample(CAPTIONS, generators(1, 2, 3), num_steps=3).isfinite().all()
+
+
+@pytest.mark.parametrize(("make", "name"), [(base_stage, "base"), (sr_stage, "sr_8")])
+@pytest.mark.parametrize("sampler", [None, DDPM(), DPMSolverPP(), Heun()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_refused_by_stage_and_step(make, name, sampler, value):
+    stage = make(sampling=OPEN)
+    calls, predict = 0, stage.predict
+    bad_call = 1 + 2 * (2 if isinstance(sampler, Heun) else 1)  # the first of step 3
+
+    def broken(x_t, t, conditioning):
+        nonlocal calls
+        calls += 1
+        output = predict(x_t, t, conditioning).clone()
+        if calls == bad_call:
+            output[1] = value
+        return output
+
+    stage.predict = broken
+    with pytest.raises(NonFiniteSamples) as error:
+        draw(stage, CAPTIONS, (1, 2, 3), sampler=sampler, guidance=1.0)
+    assert f"stage {name!r} gave NaN or infinite values at step 3 of 4, in 1 of 3 images" in str(error.value)
+    assert error.value.bad.tolist() == [False, True, False]
