@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import logging
 import math
@@ -30,13 +29,13 @@ from imagen_lightning.callbacks.processes import of_all_processes
 from imagen_lightning.callbacks.rng import rng_states, set_rng_states
 from imagen_lightning.callbacks.run_folder import run_dir
 from imagen_lightning.callbacks.throughput import uncounted
+from imagen_lightning.io.atomic import is_temporary, whole_file
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 LAST = "last.ckpt"
-PARTIAL = ".partial"
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -57,23 +56,17 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        partial = path.with_name(path.name + PARTIAL)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with whole_file(path) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
             if cause is None:
                 raise
             raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from error
-        finally:
-            with contextlib.suppress(OSError):  # of a folder that cannot even be looked into
-                partial.unlink(missing_ok=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -116,6 +109,7 @@ class Checkpoint(callbacks.Checkpoint):
 
     Attributes:
         interrupted: the signal that ended training, or None.
+        config: the run's resolved configuration, plain data, which each checkpoint holds; None for none.
 
     Raises:
         InputError: a number below 1.
@@ -129,6 +123,7 @@ class Checkpoint(callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.interrupted: signal.Signals | None = None
+        self.config: dict[str, Any] | None = None
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._seen_step = 0
@@ -160,8 +155,9 @@ class Checkpoint(callbacks.Checkpoint):
             if isinstance(logger, RunCSVLogger):
                 logger.rewind(trainer.global_step)
         if trainer.is_global_zero:
-            for partial in (run_dir(trainer) / FOLDER).glob(f"*{PARTIAL}"):  # of a run that was killed
-                partial.unlink()
+            for path in (run_dir(trainer) / FOLDER).glob(".*"):
+                if is_temporary(path):  # of a run that was killed
+                    path.unlink()
         self._install_handlers()
         self._take_over(trainer)
         if self._max_steps is not None:
@@ -251,6 +247,12 @@ class Checkpoint(callbacks.Checkpoint):
         )
 
     # ---- state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.config is not None:
+            checkpoint["config"] = self.config
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": of_all_processes(rng_states("cuda" if torch.cuda.is_initialized() else "cpu"))}
@@ -368,13 +370,8 @@ def _is_whole(path: Path) -> bool:
 
 def _link(path: Path, link: Path) -> None:
     """Makes `link` another name of the file, or a copy where the file system has no hard links."""
-    partial = link.with_name(link.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    try:
+    with whole_file(link) as partial:
         try:
             os.link(path, partial)
         except OSError:
             shutil.copyfile(path, partial)
-        os.replace(partial, link)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from imagen_lightning.cli import fit, fit_arguments
 from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
+from imagen_lightning.io.atomic import temporary_path
 
 STAGE = {
     "seed_everything": 1,
@@ -150,7 +152,14 @@ def refusal(cli, capsys, *arguments):
 
 def test_the_run_folder(trained):
     run = trained / "three"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "run.json", "metrics.csv", "checkpoints", "wandb"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "run.json",
+        "metrics.csv",
+        "checkpoints",
+        "wandb",
+    }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-3.ckpt", "last.ckpt"}
     assert [row["step"] for row in rows(run)] == ["0", "1", "2"]
     assert [bool(row["val/loss"]) for row in rows(run)] == [False, False, True]
@@ -176,7 +185,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, cli, capsys, tmp_path, 
     (tmp_path / "stage.yaml").write_text("model: {}\n")  # the run's own configuration is taken
     options = ["--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", "6"]
     assert cli("fit", *options) == 0
-    assert "going on with run, configured by run/config.yaml" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "resuming run, configured by run/config.yaml" in shown
+    assert "resume: trainer.max_steps 3 -> 6\n" in shown
     assert_equal_checkpoints(run, trained / "six")
     assert rows(run) == rows(trained / "six")
     earlier = json.loads((trained / "three" / "run.json").read_text())
@@ -214,8 +225,7 @@ def test_a_resume_that_is_refused_changes_nothing(trained, cli, capsys, tmp_path
     shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
     resume = ["fit", "--run", "run", "--resume", "--trainer.max_steps", "9"]
     line = refusal(cli, capsys, *resume, "--model.init_args.network.init_args.dim", "16")
-    assert "step-3.ckpt" in line
-    assert "another architecture" in line
+    assert "network.init_args.dim was 8 in the run of run/checkpoints/step-3.ckpt and is now 16: architecture" in line
     capsys.readouterr()
     before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
     assert cli(*resume, "--data.init_args.image_size", "16") == 2
@@ -231,7 +241,7 @@ def test_another_order_is_refused_unless_accepted(trained, cli, capsys, tmp_path
     before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
     for more, words in (
         (["--data.init_args.seed", 5], ["data seed 0", "now has data seed 5", "restore"]),
-        (["--model.init_args.seed", 5], ["stage's seed 0", "is now 5", "restore model.init_args.seed"]),
+        (["--model.init_args.seed", 5], ["model.init_args.seed was 0", "is now 5", "restore"]),
     ):
         assert resume(*more) == 2
         (line,) = [text for text in capsys.readouterr().err.splitlines() if "imagen-lightning: error:" in text]
@@ -260,16 +270,17 @@ def test_a_run_killed_before_its_end_is_ended(trained, cli, capsys, tmp_path):
 
 def test_a_run_killed_while_its_configuration_was_written_begins_anew(cli):
     Path("run").mkdir()
-    Path("run/config.yaml.partial").write_text("model:")
+    temporary_path(Path("run/config.yaml")).write_text("model:")
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", 1) == 0
-    assert not list(Path("run").glob("*.partial"))
+    assert checkpoint("run")["global_step"] == 1
 
 
 def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeypatch):
     monkeypatch.setattr(fit_arguments.rank_zero_only, "rank", 1)
     run = trained / "three"
     arguments = ["--config", str(run / "config.yaml"), "--run", str(run)]
-    assert prepare("fit", arguments) == arguments
+    with ExitStack() as stack:
+        assert prepare("fit", arguments, stack) == arguments
 
 
 def test_a_trial_run_leaves_the_folder_free(cli):
@@ -387,7 +398,7 @@ def test_bad_checkpoints(trained, cli, capsys):
         ("validate", "empty.ckpt", "'empty.ckpt' is empty; take an earlier one"),
         ("fit", "cut.ckpt", "'cut.ckpt' cannot be read: it is damaged"),
         ("fit", "flipped.ckpt", "fails its checksum"),
-        ("validate", "foreign.ckpt", "'foreign.ckpt' is none of a run"),
+        ("validate", "foreign.ckpt", "'foreign.ckpt' is not one of a run"),
         ("fit", "https://x.org/last.ckpt", "'https://x.org/last.ckpt' is an address; only local files are read"),
         ("validate", "last", "'last' does not exist; give a local file"),
     ):
@@ -478,7 +489,7 @@ def test_bad_files_and_folders(cli, capsys):
         line = refusal(cli, capsys, "fit", "--config", "stage.yaml", *options)
         assert "holds no run; choose another --run" in line
     line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "stage.yaml/run")
-    assert "run folder 'stage.yaml/run' cannot be made: Not a directory" in line
+    assert "run folder 'stage.yaml/run' cannot be used: Not a directory" in line
 
 
 def test_a_run_stopped_for_bad_images_goes_on(cli, capsys, recwarn):
@@ -494,7 +505,7 @@ def test_a_run_stopped_for_bad_images_goes_on(cli, capsys, recwarn):
     capsys.readouterr()
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.max_steps", 12) == 2
     step = checkpoint("run")["global_step"]
-    assert f"raise the share; --resume goes on from run/checkpoints/step-{step}.ckpt" in capsys.readouterr().err
+    assert f"raise the share; --resume continues from run/checkpoints/step-{step}.ckpt" in capsys.readouterr().err
     assert 0 < step < 11
     more = ["--data.init_args.max_skip_share", 0.5, "--trainer.max_steps", step + 1]
     assert cli("fit", "--run", "run", "--resume", *more) == 0
