@@ -45,7 +45,7 @@ from imagen_lightning.callbacks.checkpoint import is_finished
 from imagen_lightning.callbacks.finite_loss import FOLDER as NON_FINITE
 from imagen_lightning.callbacks.values import stage_name
 from imagen_lightning.cascade import load_weights, read_checkpoint
-from imagen_lightning.cli.fit_arguments import CONFIG, SEEDS, prepare, tell
+from imagen_lightning.cli.fit_arguments import CONFIG, SEEDS, check_values, prepare, tell
 from imagen_lightning.cli.resume_rules import (
     ApplyChanges,
     Change,
@@ -55,6 +55,7 @@ from imagen_lightning.cli.resume_rules import (
     describe,
 )
 from imagen_lightning.cli.stage_parser import Parser
+from imagen_lightning.components import class_path
 from imagen_lightning.data.datamodule import PositionedDataModule
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import unwritable, write_text
@@ -85,6 +86,7 @@ class StageCLI(LightningCLI):
         return {verb: skip | {"weights_only"} for verb, skip in LightningCLI.subcommands().items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_instantiator(make, object)
         parser.add_argument("--run", type=str | None, default=None, help="The run folder; fit needs one.")
         parser.add_argument(
             "--resume", action="store_true", help="Go on from the run folder's last checkpoint, with its config.yaml."
@@ -129,7 +131,7 @@ class StageCLI(LightningCLI):
     # ---- before anything is made
 
     def before_instantiate_classes(self) -> None:
-        refuse_second_class(self.settings.as_dict())
+        check_values(self.settings.as_dict())
         if self.subcommand == "fit":
             if not self.settings.run:
                 raise InputError("fit needs a run folder: --run runs/NAME, or `run:` in the YAML")
@@ -165,9 +167,11 @@ class StageCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [StepProgress()]
         if self.subcommand and self.settings.trainer.logger in (None, True):
             kwargs["logger"] = False  # `fit` adds the run folder's once it is made
+        if (batches := self.settings.trainer.accumulate_grad_batches) < 1:
+            raise InputError(f"trainer.accumulate_grad_batches {batches} must be at least 1")
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:
@@ -297,7 +301,7 @@ def _finished_wandb() -> Iterator[None]:
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    """Delete what a start that trained nothing made, unless it tells why: the batch of a first loss that is not finite."""
+    """Delete what a start that trained nothing made, unless it lists the batch of a first loss that is not finite."""
     if not any(path.name == NON_FINITE for path in paths):
         for path in paths:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -324,16 +328,15 @@ def _check_fits(path: Path, checkpoint: dict[str, Any], stage: torch.nn.Module) 
             )
 
 
-def refuse_second_class(config: Any) -> None:
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        if isinstance(path, str) and path.split(".")[0] in ("callbacks", "experiments"):
-            raise InputError(f"class_path {path!r} would be a second class; write imagen_lightning.{path}")
-        for value in config.values():
-            refuse_second_class(value)
-    elif isinstance(config, list):
-        for value in config:
-            refuse_second_class(value)
+def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Make what a configuration names; a class that refuses its arguments is one line with the class's name."""
+    try:
+        return cls(*args, **kwargs)
+    except (InputError, MisconfigurationException):
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, MemoryError) as error:
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{class_path(cls)} cannot be made with these arguments: {problem}") from error
 
 
 _NO_NEWS = ("💡 Tip", "`Trainer.fit` stopped: `max_steps=", "GPU available: ", "TPU available: ", "Seed set to ")

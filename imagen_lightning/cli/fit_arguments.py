@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 
@@ -54,6 +56,8 @@ def prepare(verb: str, arguments: Sequence[str], stack: ExitStack) -> list[str]:
     names, rest = _take(arguments, "--config", "-c")
     configs = [find_config(name) for name in names]
     contents = [read_config(path) for path in configs]
+    for content in contents:
+        check_values(content)
     seeds, rest = _take(rest, "--seed")
     rest += [f"--{key}={seeds[-1]}" for key in SEEDS] if seeds else []
     writes = not any(item.split("=")[0].endswith(("-h", "help", "--print_config")) for item in rest)
@@ -112,6 +116,25 @@ def _refuse_used(run: Path, resume: bool) -> None:
         tell(f"resuming {run}, configured by {run / CONFIG}")
     elif any(not (is_temporary(path) or path.name.startswith(LOCK)) for path in run.iterdir()):
         raise InputError(f"{run} is not empty and holds no run; choose another --run")
+
+
+def check_values(value: Any, key: str = "") -> None:
+    """Raises InputError for what no configuration can mean, whatever its key."""
+    if isinstance(value, dict):
+        path = value.get("class_path", "")
+        if not isinstance(path, str):
+            raise InputError(f"{key}.class_path {path!r} is not the name of a class")
+        if path.split(".")[0] in ("callbacks", "experiments"):
+            raise InputError(f"class_path {path!r} would be a second class; write imagen_lightning.{path}")
+        for name, item in value.items():
+            check_values(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_values(item, key)
+    elif isinstance(value, float) and math.isnan(value):
+        raise InputError(f"{key} is not a number (nan); give one")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{key} {value} is too large; give a number below 2**63")
 
 
 def is_first() -> bool:

@@ -135,6 +135,10 @@ def _given_without_effect(change: Change, resume: Resume) -> str | None:
     return None if used else f"the run resumes from {resume.path}, and what is given would not be used"
 
 
+def _below(parent: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{parent}.{name}" for name in names)
+
+
 RULES = (
     Rule(("run", "resume", "on_change", "seed", "trainer.default_root_dir"), NOT_COMPARED, "each start says them anew"),
     Rule(
@@ -145,24 +149,24 @@ RULES = (
     ),
     Rule(("seed_everything",), NO_EFFECT, "weights and random states come from the checkpoint"),
     Rule(
-        tuple(f"{OPTIMIZER}.init_args.{name}" for name in ("lr", "betas", "eps", "weight_decay")),
+        _below(f"{OPTIMIZER}.init_args", "lr", "betas", "eps", "weight_decay"),
         APPLIED,
         "from the first step on, with the optimizer's state as saved",
         _unknown_to_optimizer,
     ),
     Rule((OPTIMIZER,), REFUSED, "the saved optimizer state would not fit"),
     Rule(
-        (f"{OPTIMIZATION}.lr_scales",),
+        _below(OPTIMIZATION, "lr_scales"),
         APPLIED,
         "values; refused where other parameters would share a learning rate",
         _other_groups,
     ),
-    Rule((f"{OPTIMIZATION}.train", f"{OPTIMIZATION}.freeze"), REFUSED, "the saved optimizer state is of the others"),
+    Rule(_below(OPTIMIZATION, "train", "freeze"), REFUSED, "the saved optimizer state is of other parameters"),
     Rule((OPTIMIZATION,), APPLIED, "schedule and warm-up: the learning rate follows the new one at once"),
     Rule(
-        ("model.init_args.sampling", "model.init_args.aug_level", "model.init_args.execution", "model.init_args.trust"),
+        _below("model.init_args", "sampling", "aug_level", "execution", "trust"),
         APPLIED,
-        "how images are sampled and the network run",
+        "how images are sampled and the network is run",
     ),
     Rule(("model.init_args*.recompute",), APPLIED, "memory and time; numbers may differ by rounding"),
     Rule(("model.init_args.seed",), UNLESS_ACCEPTED, "the noise would be another", _other_noise),
@@ -173,16 +177,9 @@ RULES = (
         "architecture, objective, schedule, text and adapter stay those that the weights were trained with",
     ),
     Rule(("data.class_path",), REFUSED, "the saved position is of other data"),
+    Rule(_below("data.init_args", "num_workers", "cache", "cache_gb", "verify"), NO_EFFECT, "how samples are fetched"),
     Rule(
-        tuple(f"data.init_args.{name}" for name in ("num_workers", "cache", "cache_gb", "verify")),
-        NO_EFFECT,
-        "how samples are fetched",
-    ),
-    Rule(
-        tuple(
-            f"data.init_args.{name}"
-            for name in ("seed", "train", "window", "filter", "subject", "word", "num_images", "bucket_step")
-        ),
+        _below("data.init_args", "seed", "train", "window", "filter", "subject", "word", "num_images", "bucket_step"),
         UNLESS_ACCEPTED,
         "where the order of samples changes; shards may lie elsewhere",
     ),
@@ -200,37 +197,38 @@ RULES = (
         _inside_a_step,
     ),
     Rule(
-        ("trainer.plugins", "trainer.use_distributed_sampler", "trainer.overfit_batches"),
+        _below("trainer", "plugins", "use_distributed_sampler", "overfit_batches"),
         REFUSED,
         "what it would do to a resumed run is not known",
     ),
     Rule(
-        tuple(f"trainer.{name}" for name in ("m??_steps", "m??_epochs", "max_time", "limit_*", "gradient_clip_*")),
+        _below("trainer", "m??_steps", "m??_epochs", "max_time", "limit_*", "gradient_clip_*"),
         APPLIED,
         "a cosine schedule ends at the new max_steps",
     ),
     Rule(
-        tuple(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm")),
+        _below("trainer", "accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm"),
         APPLIED,
         "samples and their noise stay the same; sums may differ by rounding",
     ),
     Rule(
-        tuple(f"trainer.{name}" for name in ("val_check_interval", "check_val_*", "num_sanity_val_steps"))
-        + ("checkpoint", "ema.decay", "ema.device"),
+        (*_below("trainer", "val_check_interval", "check_val_*", "num_sanity_val_steps"), "checkpoint", "ema"),
         APPLIED,
-        "intervals of validation and checkpoints; the average's decay",
+        "intervals of validation and checkpoints; the average's decay and place",
     ),
     Rule(
-        ("trainer.callbacks", "trainer.logger", "trainer.log_every_n_steps", "noise_level_loss", "throughput")
-        + ("finite_loss", "skipped_samples", "wandb_project", "wandb_group"),
+        (
+            *_below("trainer", "callbacks", "logger", "log_every_n_steps"),
+            *("noise_level_loss", "throughput", "finite_loss", "skipped_samples", "wandb_project", "wandb_group"),
+        ),
         APPLIED,
         "logging and callbacks",
     ),
     Rule(
-        tuple(
-            f"trainer.{name}"
-            for name in ("enable_*", "profiler", "deterministic", "benchmark", "detect_anomaly", "inference_mode")
-            + ("barebones", "fast_dev_run", "model_registry", "reload_dataloaders_every_n_epochs")
+        _below(
+            "trainer",
+            *("enable_*", "profiler", "deterministic", "benchmark", "detect_anomaly", "inference_mode", "barebones"),
+            *("fast_dev_run", "model_registry", "reload_dataloaders_every_n_epochs"),
         ),
         APPLIED,
         "how Lightning runs the steps",
@@ -317,10 +315,9 @@ class ApplyChanges(pl.Callback):
 def table() -> str:
     """Return the documentation's table of the rules."""
     lines = ["| keys | a change is | |", "| --- | --- | --- |"]
-    for rule in RULES[:-1]:
-        lines.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {rule.outcome} | {rule.why} |")
-    last = RULES[-1]
-    return "\n".join([*lines, f"| all others | {last.outcome} | {last.why} |"]) + "\n"
+    names = [", ".join(f"`{key}`" for key in rule.keys) for rule in RULES[:-1]] + ["all others"]
+    lines += [f"| {name} | {rule.outcome} | {rule.why} |" for name, rule in zip(names, RULES, strict=True)]
+    return "\n".join(lines) + "\n"
 
 
 def _shown(value: Any) -> str:

@@ -65,6 +65,10 @@ class PositionedDataModule(LightningDataModule):
         self._step = 0  # the trainer's global step when that batch was handed out
 
     def setup(self, stage: str) -> None:
+        for name, low in (("batch_size", 1), ("num_workers", 0), ("num_val", 1)):
+            number = getattr(self, name, None)
+            if number is not None and not low <= number < 2**31:
+                raise InputError(f"data {name} {number} is outside [{low}, {2**31 - 1}]; give a number in that range")
         if stage == "fit" and self.trainer is not None and self.trainer.global_step == 0:
             self._stepped = self._handed = self._step = 0  # a new run; a checkpoint's position is loaded after this
 

@@ -1,6 +1,5 @@
 """`fit` and `validate` from a YAML: the run folder, resume, overlays, signals, and refusals of one line."""
 
-import copy
 import csv
 import gc
 import io
@@ -19,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
+from tiny_fit import STAGE, checkpoint, contents, refusal, write
 
 from imagen_lightning.callbacks import NoiseLevelLoss
 from imagen_lightning.cascade import Cascade
@@ -28,63 +28,9 @@ from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
 from imagen_lightning.io.atomic import temporary_path
 
-STAGE = {
-    "seed_everything": 1,
-    "model": {
-        "class_path": "imagen_lightning.stages.BaseStage",
-        "init_args": {
-            "image_size": 8,
-            "network": {
-                "class_path": "imagen_lightning.networks.UNet",
-                "init_args": {
-                    **{"dim": 8, "multipliers": [1], "num_blocks": 1, "attention": [True], "text_dim": 8},
-                    **{"groups": 4, "head_dim": 8, "dropout": 0.1},
-                },
-            },
-            "text": {"encoder": {"class_path": "imagen_lightning.text.TinyTextEncoder", "init_args": {"dim": 8}}},
-            "sampling": {"num_steps": 2},
-            "optimization": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}},
-        },
-    },
-    "data": {
-        "class_path": "imagen_lightning.data.ShapesDataModule",
-        "init_args": {"image_size": 8, "batch_size": 4, "num_val": 4},
-    },
-    "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "log_every_n_steps": 1},
-    "throughput": {"measure_matmul": False},
-}
 SAMPLER = "model/init_args/sampling/sampler"
 NETWORK = "model/init_args/network"
 OPTIMIZER = "model/init_args/optimization/optimizer"
-
-
-def changed(**changes):
-    """STAGE with the values at paths such as "data/init_args/seed" set, or removed where the value is `...`."""
-    config = copy.deepcopy(STAGE)
-    for path, value in changes.items():
-        *parents, last = path.split("/")
-        place = config
-        for key in parents:
-            place = place.setdefault(key, {})
-        if value is ...:
-            del place[last]
-        else:
-            place[last] = value
-    return config
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    """`cli("fit", "--run", …)`: the command in a folder that holds stage.yaml; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # a run of its own takes W&B a second
-    monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
-    write("stage.yaml")
-    return lambda *arguments: main([str(argument) for argument in arguments])
-
-
-def write(name, **changes):
-    Path(name).write_text(yaml.safe_dump(changed(**changes)))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +55,6 @@ def num_trainers():
     return sum(type(item) is Trainer for item in gc.get_objects())
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def checkpoint(run):
-    return torch.load(Path(run, "checkpoints", "last.ckpt"), weights_only=True)
-
-
 def rows(run):
     with Path(run, "metrics.csv").open(newline="") as file:
         return [{key: row.get(key) for key in ("step", "train/loss", "val/loss")} for row in csv.DictReader(file)]
@@ -132,19 +70,6 @@ def assert_equal_checkpoints(run, other):
     for number, state in first["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             assert torch.equal(value, second["optimizer_states"][0]["state"][number][name])
-
-
-def refusal(cli, capsys, *arguments):
-    """The one line on stderr with exit code 2."""
-    capsys.readouterr()
-    before = contents(".")
-    assert cli(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("imagen-lightning: error: ")]
-    assert shown.err.endswith(f"{line}\n")
-    assert contents(".") == before
-    return line
 
 
 # ---- the run folder
