@@ -109,6 +109,7 @@ class Checkpoint(callbacks.Checkpoint):
 
     Attributes:
         interrupted: the signal that ended training, or None.
+        config: the run's resolved configuration, plain data, which each checkpoint holds; None for none.
 
     Raises:
         InputError: a number below 1.
@@ -122,6 +123,7 @@ class Checkpoint(callbacks.Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.interrupted: signal.Signals | None = None
+        self.config: dict[str, Any] | None = None
         self._signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._seen_step = 0
@@ -243,6 +245,12 @@ class Checkpoint(callbacks.Checkpoint):
         )
 
     # ---- state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.config is not None:
+            checkpoint["config"] = self.config
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": of_all_processes(rng_states("cuda" if torch.cuda.is_initialized() else "cpu"))}

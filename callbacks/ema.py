@@ -68,6 +68,10 @@ class EMA(WeightAveraging):
         pl_module.weights_record = self.record if self.swapped else {"kind": "raw"}  # type: ignore[assignment]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Lightning would convert the weights only after the average was made and a checkpoint loaded.
+            trainer.precision_plugin.convert_module(pl_module)
+            _check_exact(pl_module)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.swapped = self._swapped_for_validation = False
@@ -76,13 +80,6 @@ class EMA(WeightAveraging):
             trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, parameter in pl_module.named_parameters():
-            exact = parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad
-            if parameter.is_floating_point() and not exact:
-                raise InputError(
-                    f"EMA of {parameter.dtype} weights ({name}) would lose its small updates; train with "
-                    "trainer.precision bf16-mixed, which keeps float32 weights"
-                )
         # Lightning makes the average before it moves the weights to their device, and leaves it behind.
         assert self._average_model is not None
         self._average_model.to(self.device or pl_module.device)
@@ -117,6 +114,17 @@ class EMA(WeightAveraging):
         if self.swapped:
             average, weights = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
+
+
+def _check_exact(pl_module: pl.LightningModule) -> None:
+    """Raises InputError where trained weights are of a type that an average would be lost in."""
+    for name, parameter in pl_module.named_parameters():
+        exact = parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad
+        if parameter.is_floating_point() and not exact:
+            raise InputError(
+                f"EMA of {parameter.dtype} weights ({name}) would lose its small updates; train with "
+                "trainer.precision bf16-mixed, which keeps float32 weights"
+            )
 
 
 @contextmanager

@@ -8,13 +8,20 @@ import logging
 import netrc
 import os
 import secrets
+import ssl
+import sys
 import time
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from PIL.Image import Image
 
@@ -25,13 +32,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # isort: skip
 
 from imagen_lightning.callbacks.run_folder import read_run_info, update_run_info
 from imagen_lightning.catalog import is_of_weights
-from imagen_lightning.files import write_text
-from imagen_lightning.io.atomic import is_temporary
+from imagen_lightning.io.atomic import is_temporary, write_text
 from imagen_lightning.types import InputError
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
+PROBE_SECONDS, INIT_SECONDS = 3.0, 4.0  # that W&B's server may take to answer at all, and to begin a run
 _FLUSH_SHARE = 0.02  # of the time may go into writing the file
 
 
@@ -172,7 +179,8 @@ def wandb_logger(
     """A Weights & Biases logger of a run folder; run.json keeps its id, so that a stopped run goes on as the same run.
 
     It is offline unless a key is at hand (WANDB_API_KEY, or `wandb login` was run), and WANDB_MODE decides where it is
-    set. Its files lie in RUN/wandb; `wandb sync RUN/wandb/offline-*` uploads them later. Models are never uploaded.
+    set. Where W&B does not answer within seconds it is offline too, and a line on stderr says so. Its files lie in
+    RUN/wandb; `wandb sync RUN/wandb/offline-*` uploads them later. Models are never uploaded.
 
     Args:
         run_dir: the run folder.
@@ -201,7 +209,51 @@ def wandb_logger(
         mode=mode,
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes what W&B no longer knows and warns of
+    online = (os.environ.get("WANDB_MODE") or mode) == "online"
+    if online and getattr(rank_zero_only, "rank", 0) == 0 and (reason := _begin_online(logger)) is not None:
+        logger._wandb_init["mode"] = "offline"
+        advice = f"`wandb sync {folder / 'wandb' / 'offline-run-*'}` uploads the run later"
+        print(f"W&B cannot be used online ({reason}): logging offline; {advice}", file=sys.stderr, flush=True)
     return logger
+
+
+def _begin_online(logger: WandbLogger) -> str | None:
+    """Begin the logger's run online; return why that is not possible, within seconds."""
+    import wandb
+
+    if (reason := _unreachable(str(wandb.setup().settings.base_url))) is not None:
+        return reason
+    settings = wandb.Settings(init_timeout=INIT_SECONDS, login_timeout=INIT_SECONDS)
+    logger._wandb_init["settings"] = settings
+    try:
+        _ = logger.experiment
+    except wandb.errors.Error as error:
+        del logger._wandb_init["settings"]
+        wandb.teardown(exit_code=1)  # its process would keep the run's id
+        return next(iter(str(error).strip().splitlines()), "") or "its server refused"
+    return None
+
+
+def _unreachable(address: str) -> str | None:
+    """Return why a server gives no answer of any kind, or None where it gives one."""
+    answers: Queue[str | None] = Queue()
+    query = Request(f"{address}/graphql", b'{"query": "{__typename}"}', {"Content-Type": "application/json"})
+
+    def ask() -> None:
+        try:
+            with urlopen(query, timeout=PROBE_SECONDS):
+                answers.put(None)
+        except HTTPError:
+            answers.put(None)
+        except (OSError, ValueError, HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            answers.put(None if isinstance(cause, ssl.SSLError) else f"{address}: {cause}")
+
+    Thread(target=ask, daemon=True).start()  # no timeout of sockets bounds the look-up of a name
+    try:
+        return answers.get(timeout=PROBE_SECONDS)
+    except Empty:
+        return f"{address} does not answer within {PROBE_SECONDS:g} seconds"
 
 
 def wandb_agent_run() -> tuple[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251  (what torch.load raises where it refuses to unpickle)
 from typing import Any
 
 import torch
@@ -35,11 +36,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             if (bad := archive.testzip()) is not None:  # torch.load does not look at checksums
                 raise zipfile.BadZipFile(f"{bad} fails its checksum")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # A damaged file can end its reader in any way.
+    except UnpicklingError as error:
         raise InputError(
-            f"{what} cannot be read: it is damaged, or holds Python objects, which are never unpickled "
-            f"({first_line(error)}); take an earlier one"
+            f"{what} cannot be read: it holds Python objects, which are never unpickled, or is damaged; give a "
+            "checkpoint of this program, or take an earlier one"
+        ) from error
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{what} cannot be read: it is damaged ({first_line(error)}); take an earlier one") from error
+    except Exception as error:
+        # A damaged file can end its reader in any way; torch's own advice would be to unpickle it all the same.
+        raise InputError(
+            f"{what} cannot be read: it is damaged ({type(error).__name__}); take an earlier one"
         ) from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagen_lightning.cascade.local import first_line
-from imagen_lightning.components import build, describe, short
+from imagen_lightning.components import build, class_path, describe, short
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError, TextEncoder
 

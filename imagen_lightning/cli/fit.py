@@ -9,8 +9,8 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +42,20 @@ from imagen_lightning.callbacks import (
     wandb_logger,
 )
 from imagen_lightning.callbacks.checkpoint import is_finished
+from imagen_lightning.callbacks.finite_loss import FOLDER as NON_FINITE
 from imagen_lightning.callbacks.values import stage_name
 from imagen_lightning.cascade import load_weights, read_checkpoint
-from imagen_lightning.cli.fit_arguments import CONFIG, prepare, tell
+from imagen_lightning.cli.fit_arguments import CONFIG, SEEDS, check_values, prepare, tell
+from imagen_lightning.cli.resume_rules import (
+    ApplyChanges,
+    Change,
+    Resume,
+    check_changes,
+    configuration_of,
+    describe,
+)
 from imagen_lightning.cli.stage_parser import Parser
+from imagen_lightning.components import class_path
 from imagen_lightning.data.datamodule import PositionedDataModule
 from imagen_lightning.errors import InputError
 from imagen_lightning.files import unwritable, write_text
@@ -68,6 +78,7 @@ class StageCLI(LightningCLI):
 
     checkpoint: Path | str | None = None  # what the verb starts from
     start_step = 0
+    changes: Sequence[Change] = ()  # of a resumed run's configuration
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -75,6 +86,7 @@ class StageCLI(LightningCLI):
         return {verb: skip | {"weights_only"} for verb, skip in LightningCLI.subcommands().items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_instantiator(make, object)
         parser.add_argument("--run", type=str | None, default=None, help="The run folder; fit needs one.")
         parser.add_argument(
             "--resume", action="store_true", help="Go on from the run folder's last checkpoint, with its config.yaml."
@@ -119,7 +131,7 @@ class StageCLI(LightningCLI):
     # ---- before anything is made
 
     def before_instantiate_classes(self) -> None:
-        refuse_second_class(self.settings.as_dict())
+        check_values(self.settings.as_dict())
         if self.subcommand == "fit":
             if not self.settings.run:
                 raise InputError("fit needs a run folder: --run runs/NAME, or `run:` in the YAML")
@@ -130,6 +142,13 @@ class StageCLI(LightningCLI):
             self.settings.trainer.default_root_dir = self.settings.run
         if self.subcommand:
             self.checkpoint = self._starting_checkpoint()
+
+    def _set_seed(self) -> None:
+        for key in SEEDS:
+            seed = self.settings.get(key)
+            if type(seed) is int and not 0 <= seed < 2**32:
+                raise InputError(f"{key} {seed} is outside [0, {2**32 - 1}]; give a seed in that range")
+        super()._set_seed()
 
     def _starting_checkpoint(self) -> Path | str | None:
         """The run's last checkpoint in `fit`, else what --ckpt_path names; other verbs need either."""
@@ -148,9 +167,11 @@ class StageCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [StepProgress()]
         if self.subcommand and self.settings.trainer.logger in (None, True):
             kwargs["logger"] = False  # `fit` adds the run folder's once it is made
+        if (batches := self.settings.trainer.accumulate_grad_batches) < 1:
+            raise InputError(f"trainer.accumulate_grad_batches {batches} must be at least 1")
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise InputError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:
@@ -162,11 +183,18 @@ class StageCLI(LightningCLI):
             raise
 
     def after_instantiate_classes(self) -> None:
+        config = yaml.safe_load(self.dump()) if self.subcommand == "fit" else {}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoint):
+                callback.config = config
         if self.checkpoint is not None:
-            content = _check_fits(self.checkpoint, self.model)
+            path, content = Path(self.checkpoint), _read_trained(self.checkpoint)
             self.start_step = content["global_step"]
-            if self.subcommand == "fit" and self.settings.on_change == "refuse":
-                _check_seed(self.checkpoint, content, self.model)
+            if self.subcommand == "fit":
+                before = configuration_of(path, content)
+                resume = Resume(path, content, before, config, self.model, self.settings.on_change)
+                self.changes = check_changes(resume)
+            _check_fits(path, content, self.model)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         start = {"ckpt_path": None if self.checkpoint is None else str(self.checkpoint), "weights_only": True}
@@ -180,6 +208,9 @@ class StageCLI(LightningCLI):
         if 0 < max_steps <= self.start_step and not self._ends_now(max_steps):
             tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
             return
+        if self.changes:
+            tell(describe(self.changes))
+            self.trainer.callbacks.append(ApplyChanges(self.changes))  # type: ignore[attr-defined]
         if isinstance(self.datamodule, PositionedDataModule):
             self.datamodule.on_change = self.settings.on_change
         if self.settings.init_from and self.checkpoint is None:
@@ -199,37 +230,37 @@ class StageCLI(LightningCLI):
 
     @contextmanager
     def run_folder(self, run: Path) -> Iterator[None]:
-        """Makes the folder with config.yaml, run.json and the loggers.
+        """Fill the folder with config.yaml, run.json and the loggers.
 
-        A run that is refused before its first step leaves no folder, and a resumed one its configuration as it was; one
-        that is refused later says where to go on.
+        However training ends, the run can be resumed: config.yaml stays that of the last checkpoint. A start that
+        trained nothing removes all that it made.
         """
         config = run / CONFIG
         before = config.read_text(encoding="utf-8") if config.exists() else None
-        main = self.trainer.is_global_zero
+        main, present = self.trainer.is_global_zero, set(run.glob("*"))
         try:
             with _finished_wandb():
                 if main:
-                    _make_folder(run)
                     write_text(config, self.dump())
                     if before is None:
                         update_run_info(run, command=shlex.join(["imagen-lightning", *sys.argv[1:]]))
                 if self.settings.trainer.logger in (None, True):
                     self.trainer.loggers = self.loggers()
                 yield
-        except (InputError, OSError) as problem:
-            error = problem if isinstance(problem, InputError) else unwritable(problem, run)
+        except BaseException as problem:
+            last, trained = find_last(run), self.trainer.global_step not in (0, self.start_step)
+            if main and before is not None and last == self.checkpoint:
+                write_text(config, before)
+            elif main and before is None and not trained and not isinstance(problem, SIGTERMException):
+                _remove(set(run.glob("*")) - present)
+            error = problem if isinstance(problem, InputError) else None
+            if isinstance(problem, OSError):
+                error = unwritable(problem, run)
             if error is None:
                 raise
-            if self.trainer.global_step not in (0, self.start_step):
-                last = find_last(run)
-                mend = f"--resume goes on from {last}" if last else "no checkpoint was written"
-                raise InputError(f"{error}; {mend}") from problem
-            if main:
-                if before is None:
-                    shutil.rmtree(run, ignore_errors=True)
-                elif config.read_text(encoding="utf-8") != before:
-                    write_text(config, before)
+            if trained:
+                advice = f"--resume continues from {last}" if last else "no checkpoint was written"
+                raise InputError(f"{error}; {advice}") from problem
             raise error from problem
 
     def loggers(self) -> list[Logger]:
@@ -269,19 +300,24 @@ def _finished_wandb() -> Iterator[None]:
             wandb.finish(exit_code=exit_code)
 
 
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run folder {str(run)!r} cannot be made: {error.strerror}; choose another --run") from error
+def _remove(paths: Iterable[Path]) -> None:
+    """Delete what a start that trained nothing made, unless it lists the batch of a first loss that is not finite."""
+    if not any(path.name == NON_FINITE for path in paths):
+        for path in paths:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _check_fits(path: Path | str, stage: torch.nn.Module) -> dict[str, Any]:
-    """A checkpoint's content; raises InputError where it is not one of the stage."""
+def _read_trained(path: Path | str) -> dict[str, Any]:
+    """A run's checkpoint; raises InputError where it is another file."""
     checkpoint = read_checkpoint(path)
-    weights, step = checkpoint.get("state_dict"), checkpoint.get("global_step")
-    if not isinstance(weights, dict) or not isinstance(step, int):
-        raise InputError(f"checkpoint {str(path)!r} is none of a run; give one of RUN/checkpoints/")
+    if not isinstance(checkpoint.get("state_dict"), dict) or not isinstance(checkpoint.get("global_step"), int):
+        raise InputError(f"checkpoint {str(path)!r} is not one of a run; give one of RUN/checkpoints/")
+    return checkpoint
+
+
+def _check_fits(path: Path, checkpoint: dict[str, Any], stage: torch.nn.Module) -> None:
+    """Raises InputError where a checkpoint is not one of the stage."""
+    weights = checkpoint["state_dict"]
     shapes = {name: tuple(value.shape) for name, value in stage.state_dict().items()}
     for name in sorted({*shapes, *weights}):
         there = tuple(weights[name].shape) if name in weights else "absent"
@@ -290,29 +326,17 @@ def _check_fits(path: Path | str, stage: torch.nn.Module) -> dict[str, Any]:
                 f"checkpoint {str(path)!r} belongs to another architecture: weight {name!r} is {there} there and "
                 f"{shapes.get(name, 'absent')} in the configured stage; use the config.yaml of its run"
             )
-    return checkpoint
 
 
-def _check_seed(path: Path | str, checkpoint: dict[str, Any], stage: torch.nn.Module) -> None:
-    """Raises InputError where a resumed stage would draw other noise than it did."""
-    saved, seed = (checkpoint.get("hyper_parameters") or {}).get("seed"), getattr(stage, "seed", None)
-    if saved is not None and saved != seed:
-        raise InputError(
-            f"checkpoint {str(path)!r} was trained with the stage's seed {saved}, which is now {seed}: other noise; "
-            "restore model.init_args.seed, or accept that with --on_change warn"
-        )
-
-
-def refuse_second_class(config: Any) -> None:
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        if isinstance(path, str) and path.split(".")[0] in ("callbacks", "experiments"):
-            raise InputError(f"class_path {path!r} would be a second class; write imagen_lightning.{path}")
-        for value in config.values():
-            refuse_second_class(value)
-    elif isinstance(config, list):
-        for value in config:
-            refuse_second_class(value)
+def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Make what a configuration names; a class that refuses its arguments is one line with the class's name."""
+    try:
+        return cls(*args, **kwargs)
+    except (InputError, MisconfigurationException):
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, MemoryError) as error:
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{class_path(cls)} cannot be made with these arguments: {problem}") from error
 
 
 _NO_NEWS = ("💡 Tip", "`Trainer.fit` stopped: `max_steps=", "GPU available: ", "TPU available: ", "Seed set to ")
@@ -334,7 +358,11 @@ def quieten() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    verb, arguments = argv[0], prepare(argv[0], argv[1:])
+    with ExitStack() as stack:  # which holds the run folder's lock
+        return _main(argv[0], prepare(argv[0], argv[1:], stack))
+
+
+def _main(verb: str, arguments: list[str]) -> int:
     quieten()
     torch.set_float32_matmul_precision("high")
     sys.argv[1:] = [verb, *arguments]  # where LightningCLI reads them, and the processes that it starts

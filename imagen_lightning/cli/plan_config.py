@@ -11,7 +11,7 @@ from typing import Any, Literal
 from imagen_lightning.cascade.description import without_weights
 from imagen_lightning.cascade.weights import shapes_only
 from imagen_lightning.cli import fit
-from imagen_lightning.cli.fit_arguments import prepare
+from imagen_lightning.cli.fit_arguments import check_values, prepare
 from imagen_lightning.errors import InputError
 from imagen_lightning.planning import Training, find_precision
 from imagen_lightning.planning.advice import (
@@ -33,7 +33,7 @@ class _Parts(fit.StageCLI):
     def before_instantiate_classes(self) -> None:
         self.settings.run = self.settings.run or "runs/plan"
         self.settings.ckpt_path = None
-        fit.refuse_second_class(self.settings.as_dict())
+        check_values(self.settings.as_dict())
 
     def after_instantiate_classes(self) -> None:
         pass
@@ -135,7 +135,7 @@ def levers(training: Training, config: Config) -> list[list[Change]]:
 
 def _parts(arguments: Sequence[str], empty: bool) -> _Parts:
     fit.quieten()
-    sys.argv[1:] = ["fit", *prepare("plan", arguments)]  # where LightningCLI reads them
+    sys.argv[1:] = ["fit", *prepare("plan", arguments, ExitStack())]  # where LightningCLI reads them
     with ExitStack() as stack:
         if empty:
             stack.enter_context(without_weights())

@@ -62,6 +62,8 @@ class ConditionedNetwork(nn.Module):
         pooling_heads: int = 64,
     ) -> None:
         super().__init__()
+        at_least_one(channels=channels, dim=time_channels, time_dim=time_dim, patch_size=patch_size)
+        at_least_one(text_dim=text_dim, text_projection=text_projection, pooling_heads=pooling_heads)
         if text_pooling not in POOLINGS:
             raise InputError(f"text_pooling {text_pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
         self.channels = channels
@@ -160,6 +162,17 @@ class ConditionedNetwork(nn.Module):
             return None
         ready = conditioning.key_values.get(name)
         return layer.text_key_values(text.states, text.mask) if ready is None else ready
+
+
+def at_least_one(**numbers: int | None) -> None:
+    """Check a network's sizes by name; None stands for none.
+
+    Raises:
+        InputError: one of them is below 1.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"{name} {number} must be at least 1")
 
 
 def one_per_level(value: Any, levels: int, name: str, parts: str = "levels") -> list[Any]:

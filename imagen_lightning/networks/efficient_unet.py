@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_lightning.networks.attention import TextAttention
-from imagen_lightning.networks.conditioned import ConditionedNetwork, one_per_level, per_level
+from imagen_lightning.networks.conditioned import ConditionedNetwork, at_least_one, one_per_level, per_level
 from imagen_lightning.networks.layers import NearestUp, PixelShuffleUp, ResidualBlock, TransposedUp, recomputed
 from imagen_lightning.types import Conditioning, InputError
 
@@ -65,6 +65,7 @@ class EfficientUNet(ConditionedNetwork):
         upsampling: str = "nearest",
         recompute: bool | list[bool] = False,
     ) -> None:
+        at_least_one(groups=groups, out_channels=out_channels, head_dim=head_dim)
         time_dim = 4 * dim
         super().__init__(channels, dim, time_dim, text_dim, low_res, patch_size)
         self.dim, self.multipliers, self.num_blocks, self.attention = dim, multipliers, num_blocks, attention

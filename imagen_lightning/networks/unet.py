@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagen_lightning.networks.attention import TextAttention
-from imagen_lightning.networks.conditioned import ConditionedNetwork, one_per_level, per_level
+from imagen_lightning.networks.conditioned import ConditionedNetwork, at_least_one, one_per_level, per_level
 from imagen_lightning.networks.layers import ResidualBlock, recomputed
 from imagen_lightning.networks.layers import activation as activation_layer
 from imagen_lightning.types import Conditioning, InputError
@@ -85,6 +85,7 @@ class UNet(ConditionedNetwork):
         out_scale: float = 1.0,
         recompute: bool | list[bool] = False,
     ) -> None:
+        at_least_one(groups=groups, out_channels=out_channels)
         features = 4 * dim if time_dim is None else time_dim
         super().__init__(
             channels,

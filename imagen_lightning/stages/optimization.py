@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
@@ -101,18 +101,53 @@ class Optimization:
             raise InputError("optimization.train and freeze leave no parameter to train")
 
     def make(self, stage: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of the stage's parameters that are trained: one group for each factor of the learning rate."""
+        """The optimizer of the stage's parameters that are trained: one group for each factor of the learning rate.
+
+        Raises:
+            InputError: the optimizer refuses its arguments, or one of them is not finite.
+        """
         trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
-        if not self.lr_scales:
-            return self.optimizer(list(trained.values()))
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in trained.items():
-            scale = next((scale for pattern, scale in self.lr_scales.items() if fnmatchcase(name, pattern)), 1.0)
-            groups.setdefault(scale, []).append(parameter)
-        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
-        for scale, group in zip(groups, optimizer.param_groups, strict=True):
-            group["lr"] = scale * group["lr"]
+        groups = lr_groups(list(trained), self.lr_scales)
+        parameters = [{"params": [trained[name] for name in names]} for names in groups.values()]
+        try:
+            optimizer = self.optimizer(parameters if self.lr_scales else list(trained.values()))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimization.optimizer cannot be made: {error}") from error
+        for option, value in optimizer.defaults.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+                raise InputError(f"optimization.optimizer: {option} {value} is not finite; give a number")
+        if self.lr_scales:
+            for scale, group in zip(groups, optimizer.param_groups, strict=True):
+                group["lr"] = scale * group["lr"]
         return optimizer
+
+    def reapply(
+        self, stage: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, options: Iterable[str]
+    ) -> None:
+        """Give an optimizer with a checkpoint's state this object's learning rates, as scheduled, and some options.
+
+        Args:
+            stage: whose parameters the optimizer has, in the groups that `make` makes.
+            optimizer: restored.
+            scheduler: its LambdaLR, restored.
+            options: names such as "betas" whose values are those of a new optimizer; all others stay as saved.
+        """
+        wanted = self.make(stage).param_groups
+        scheduler.base_lrs = [group["lr"] for group in wanted]
+        for group, new, share in zip(optimizer.param_groups, wanted, scheduler.lr_lambdas, strict=True):
+            group.update({option: new[option] for option in options})
+            group["initial_lr"], group["lr"] = new["lr"], new["lr"] * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def lr_groups(names: Iterable[str], scales: Mapping[str, float] | None) -> dict[float, list[str]]:
+    """Return the parameters' names by the factor of their learning rate, 1 where no pattern of `scales` matches."""
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        scale = next((scale for pattern, scale in (scales or {}).items() if fnmatchcase(name, pattern)), 1.0)
+        groups.setdefault(scale, []).append(name)
+    return groups
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

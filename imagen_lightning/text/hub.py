@@ -66,6 +66,8 @@ def load_part(
     Raises:
         LoadError: it fails.
     """
+    from pickle import UnpicklingError  # noqa: TID251  (what torch.load raises where it refuses to unpickle)
+
     from safetensors import SafetensorError
 
     source = str(folder or name_or_path)
@@ -79,6 +81,8 @@ def load_part(
                 raise
             reach_hub(source, subfolder, revision)
             return load(source, **options)
+    except UnpicklingError as error:
+        raise LoadError("its weights hold Python objects, which are never unpickled, or are damaged") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LoadError(first_sentence(error)) from error
 

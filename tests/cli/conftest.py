@@ -1,12 +1,15 @@
-"""The working folder of the tests that try every command."""
+"""What the command line's tests share."""
 
 import resource
+import sys
 from pathlib import Path
 
 import pytest
 from commands import make_workspace
+from tiny_fit import write
 
 from imagen_lightning.cli import quickstart, verify_resume
+from imagen_lightning.cli.main import main
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,13 @@ def here(workspace, monkeypatch):
     resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30, limits[1]))  # for what would read without end
     yield workspace
     resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """`cli("fit", "--run", …)`: the command in a folder that holds stage.yaml; gives the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # a run of its own takes W&B a second
+    monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
+    write("stage.yaml")
+    return lambda *arguments: main([str(argument) for argument in arguments])

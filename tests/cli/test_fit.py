@@ -1,6 +1,5 @@
 """`fit` and `validate` from a YAML: the run folder, resume, overlays, signals, and refusals of one line."""
 
-import copy
 import csv
 import gc
 import io
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
+from tiny_fit import STAGE, checkpoint, contents, refusal, write
 
 from imagen_lightning.callbacks import NoiseLevelLoss
 from imagen_lightning.cascade import Cascade
@@ -25,64 +26,11 @@ from imagen_lightning.cli import fit, fit_arguments
 from imagen_lightning.cli.fit_arguments import prepare
 from imagen_lightning.cli.main import main
 from imagen_lightning.data.shards import ShardWriter
+from imagen_lightning.io.atomic import temporary_path
 
-STAGE = {
-    "seed_everything": 1,
-    "model": {
-        "class_path": "imagen_lightning.stages.BaseStage",
-        "init_args": {
-            "image_size": 8,
-            "network": {
-                "class_path": "imagen_lightning.networks.UNet",
-                "init_args": {
-                    **{"dim": 8, "multipliers": [1], "num_blocks": 1, "attention": [True], "text_dim": 8},
-                    **{"groups": 4, "head_dim": 8, "dropout": 0.1},
-                },
-            },
-            "text": {"encoder": {"class_path": "imagen_lightning.text.TinyTextEncoder", "init_args": {"dim": 8}}},
-            "sampling": {"num_steps": 2},
-            "optimization": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}},
-        },
-    },
-    "data": {
-        "class_path": "imagen_lightning.data.ShapesDataModule",
-        "init_args": {"image_size": 8, "batch_size": 4, "num_val": 4},
-    },
-    "trainer": {"accelerator": "cpu", "max_steps": 3, "val_check_interval": 3, "log_every_n_steps": 1},
-    "throughput": {"measure_matmul": False},
-}
 SAMPLER = "model/init_args/sampling/sampler"
 NETWORK = "model/init_args/network"
 OPTIMIZER = "model/init_args/optimization/optimizer"
-
-
-def changed(**changes):
-    """STAGE with the values at paths such as "data/init_args/seed" set, or removed where the value is `...`."""
-    config = copy.deepcopy(STAGE)
-    for path, value in changes.items():
-        *parents, last = path.split("/")
-        place = config
-        for key in parents:
-            place = place.setdefault(key, {})
-        if value is ...:
-            del place[last]
-        else:
-            place[last] = value
-    return config
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    """`cli("fit", "--run", …)`: the command in a folder that holds stage.yaml; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")  # a run of its own takes W&B a second
-    monkeypatch.setattr(sys, "argv", ["imagen-lightning"])
-    write("stage.yaml")
-    return lambda *arguments: main([str(argument) for argument in arguments])
-
-
-def write(name, **changes):
-    Path(name).write_text(yaml.safe_dump(changed(**changes)))
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +55,6 @@ def num_trainers():
     return sum(type(item) is Trainer for item in gc.get_objects())
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def checkpoint(run):
-    return torch.load(Path(run, "checkpoints", "last.ckpt"), weights_only=True)
-
-
 def rows(run):
     with Path(run, "metrics.csv").open(newline="") as file:
         return [{key: row.get(key) for key in ("step", "train/loss", "val/loss")} for row in csv.DictReader(file)]
@@ -132,25 +72,19 @@ def assert_equal_checkpoints(run, other):
             assert torch.equal(value, second["optimizer_states"][0]["state"][number][name])
 
 
-def refusal(cli, capsys, *arguments):
-    """The one line on stderr with exit code 2."""
-    capsys.readouterr()
-    before = contents(".")
-    assert cli(*arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    (line,) = [line for line in shown.err.splitlines() if line.startswith("imagen-lightning: error: ")]
-    assert shown.err.endswith(f"{line}\n")
-    assert contents(".") == before
-    return line
-
-
 # ---- the run folder
 
 
 def test_the_run_folder(trained):
     run = trained / "three"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "run.json", "metrics.csv", "checkpoints", "wandb"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "run.json",
+        "metrics.csv",
+        "checkpoints",
+        "wandb",
+    }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-3.ckpt", "last.ckpt"}
     assert [row["step"] for row in rows(run)] == ["0", "1", "2"]
     assert [bool(row["val/loss"]) for row in rows(run)] == [False, False, True]
@@ -176,7 +110,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, cli, capsys, tmp_path, 
     (tmp_path / "stage.yaml").write_text("model: {}\n")  # the run's own configuration is taken
     options = ["--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", "6"]
     assert cli("fit", *options) == 0
-    assert "going on with run, configured by run/config.yaml" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "resuming run, configured by run/config.yaml" in shown
+    assert "resume: trainer.max_steps 3 -> 6\n" in shown
     assert_equal_checkpoints(run, trained / "six")
     assert rows(run) == rows(trained / "six")
     earlier = json.loads((trained / "three" / "run.json").read_text())
@@ -214,8 +150,7 @@ def test_a_resume_that_is_refused_changes_nothing(trained, cli, capsys, tmp_path
     shutil.copytree(trained / "three", tmp_path / "run", symlinks=True)
     resume = ["fit", "--run", "run", "--resume", "--trainer.max_steps", "9"]
     line = refusal(cli, capsys, *resume, "--model.init_args.network.init_args.dim", "16")
-    assert "step-3.ckpt" in line
-    assert "another architecture" in line
+    assert "network.init_args.dim was 8 in the run of run/checkpoints/step-3.ckpt and is now 16: architecture" in line
     capsys.readouterr()
     before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
     assert cli(*resume, "--data.init_args.image_size", "16") == 2
@@ -231,7 +166,7 @@ def test_another_order_is_refused_unless_accepted(trained, cli, capsys, tmp_path
     before = {path: text for path, text in contents("run").items() if "wandb" not in path.parts}
     for more, words in (
         (["--data.init_args.seed", 5], ["data seed 0", "now has data seed 5", "restore"]),
-        (["--model.init_args.seed", 5], ["stage's seed 0", "is now 5", "restore model.init_args.seed"]),
+        (["--model.init_args.seed", 5], ["model.init_args.seed was 0", "is now 5", "restore"]),
     ):
         assert resume(*more) == 2
         (line,) = [text for text in capsys.readouterr().err.splitlines() if "imagen-lightning: error:" in text]
@@ -260,16 +195,17 @@ def test_a_run_killed_before_its_end_is_ended(trained, cli, capsys, tmp_path):
 
 def test_a_run_killed_while_its_configuration_was_written_begins_anew(cli):
     Path("run").mkdir()
-    Path("run/config.yaml.partial").write_text("model:")
+    temporary_path(Path("run/config.yaml")).write_text("model:")
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", 1) == 0
-    assert not list(Path("run").glob("*.partial"))
+    assert checkpoint("run")["global_step"] == 1
 
 
 def test_other_processes_of_a_run_do_not_refuse_its_folder(trained, cli, monkeypatch):
     monkeypatch.setattr(fit_arguments.rank_zero_only, "rank", 1)
     run = trained / "three"
     arguments = ["--config", str(run / "config.yaml"), "--run", str(run)]
-    assert prepare("fit", arguments) == arguments
+    with ExitStack() as stack:
+        assert prepare("fit", arguments, stack) == arguments
 
 
 def test_a_trial_run_leaves_the_folder_free(cli):
@@ -387,7 +323,7 @@ def test_bad_checkpoints(trained, cli, capsys):
         ("validate", "empty.ckpt", "'empty.ckpt' is empty; take an earlier one"),
         ("fit", "cut.ckpt", "'cut.ckpt' cannot be read: it is damaged"),
         ("fit", "flipped.ckpt", "fails its checksum"),
-        ("validate", "foreign.ckpt", "'foreign.ckpt' is none of a run"),
+        ("validate", "foreign.ckpt", "'foreign.ckpt' is not one of a run"),
         ("fit", "https://x.org/last.ckpt", "'https://x.org/last.ckpt' is an address; only local files are read"),
         ("validate", "last", "'last' does not exist; give a local file"),
     ):
@@ -478,7 +414,7 @@ def test_bad_files_and_folders(cli, capsys):
         line = refusal(cli, capsys, "fit", "--config", "stage.yaml", *options)
         assert "holds no run; choose another --run" in line
     line = refusal(cli, capsys, "fit", "--config", "stage.yaml", "--run", "stage.yaml/run")
-    assert "run folder 'stage.yaml/run' cannot be made: Not a directory" in line
+    assert "run folder 'stage.yaml/run' cannot be used: Not a directory" in line
 
 
 def test_a_run_stopped_for_bad_images_goes_on(cli, capsys, recwarn):
@@ -494,7 +430,7 @@ def test_a_run_stopped_for_bad_images_goes_on(cli, capsys, recwarn):
     capsys.readouterr()
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--trainer.max_steps", 12) == 2
     step = checkpoint("run")["global_step"]
-    assert f"raise the share; --resume goes on from run/checkpoints/step-{step}.ckpt" in capsys.readouterr().err
+    assert f"raise the share; --resume continues from run/checkpoints/step-{step}.ckpt" in capsys.readouterr().err
     assert 0 < step < 11
     more = ["--data.init_args.max_skip_share", 0.5, "--trainer.max_steps", step + 1]
     assert cli("fit", "--run", "run", "--resume", *more) == 0

@@ -36,7 +36,7 @@ def refuse(run, whole, step, reason, mend):
     (line,) = [text for text in said.splitlines() if "imagen-lightning: error:" in text]
     assert said.endswith(f"{line}\n")
     assert "Traceback" not in said
-    assert f"checkpoints/step-{step}.ckpt cannot be written: {reason}; {mend}; --resume goes on from " in line
+    assert f"checkpoints/step-{step}.ckpt cannot be written: {reason}; {mend}; --resume continues from " in line
     assert line.endswith(f"checkpoints/step-{step - 2}.ckpt")
     assert not list(run.run.rglob("*.partial"))
     assert find_last(run.run) == before
