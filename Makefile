@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS := .venv/.docs
 
-.PHONY: quickstart test test-slow test-faults verify-resume lint format install clean
+.PHONY: quickstart test test-slow test-faults verify-resume lint docs format install clean
 
 $(STAMP): requirements.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e ".[dev,parquet]"
 	touch $(STAMP)
+
+# Sphinx, for `make docs` alone.
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	touch $(DOCS)
 
 install: $(STAMP)
 
@@ -39,6 +45,10 @@ lint: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The pages in build/docs/index.html; a warning is an error. Needs no network once Sphinx is installed.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,7 @@ dev = [
     "playwright>=1.50",
     "onnxruntime>=1.20",
 ]
+docs = ["sphinx>=8.1", "myst-nb>=1.3", "furo>=2024.8", "sphinx-copybutton>=0.5", "docstring-parser>=0.16"]
 
 setup(
     name="imagen-lightning",
@@ -56,7 +57,7 @@ setup(
     },
     package_data={"": ["*.yaml"], "imagen_lightning": ["py.typed"]},
     install_requires=runtime,
-    extras_require={"dev": dev, "parquet": ["pyarrow>=16"], "onnx": ["onnxruntime>=1.20"]},
+    extras_require={"dev": dev, "parquet": ["pyarrow>=16"], "onnx": ["onnxruntime>=1.20"], "docs": docs},
     entry_points={
         "console_scripts": ["imagen-lightning = imagen_lightning.cli.main:main"],
         # torch calls these when it is imported, so that lightning can be imported before this package too.

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 VERDICT = "verdict.json"
 
-# How these were found: docs/evaluation.md, "The first hour".
+# How these were found: docs/how-to/evaluation.md, "The first hour".
 MIN_TEXT_GAIN = 0.002  # share of the error that true captions must save against shuffled ones, …
 MIN_TEXT_Z = 3.0  # … and in standard errors
 MAX_DENOISING_RATIO = 0.5  # of the error that knowing each channel's mean and variance alone leaves

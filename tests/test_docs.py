@@ -26,7 +26,9 @@ from imagen_lightning.errors import InputError
 from imagen_lightning.metrics.features import FeatureExtractor, load_extractor
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = ROOT / "docs" / "reference" / "generated"  # by `make docs`, not committed
+DOCS = {page.name: page for page in sorted((ROOT / "docs").rglob("*.md")) if GENERATED not in page.parents}
+PAGES = [ROOT / "README.md", *DOCS.values()]
 PACKAGES = (callbacks, data, diffusion, networks, samplers, stages, text)
 LATER = "docs/images/quickstart"  # drawn by a run
 
@@ -208,7 +210,7 @@ def test_fit_commands_parse(words, tmp_path, monkeypatch):
 
 # ---- tables
 
-CONFIGURED = {name: (page, body) for page in (ROOT / "docs").glob("*.md") for name, body in sections(page).items()}
+CONFIGURED = {name: (page, body) for page in DOCS.values() for name, body in sections(page).items()}
 
 
 def own_parameters(cls: type, body: str) -> dict[str, inspect.Parameter]:
@@ -260,7 +262,7 @@ def test_every_component_of_a_yaml_has_its_table():
 
 
 def test_choices_are_named():
-    page = (ROOT / "docs" / "configuration.md").read_text()
+    page = DOCS["configuration.md"].read_text()
     names = [*samplers.__all__, *diffusion.__all__]
     plumbing = {"DiffusionProcess", "Parametrization", "Thresholding", "Weighting", "guide", "threshold"}
     for name in set(names) - plumbing:
@@ -273,14 +275,14 @@ def test_choices_are_named():
 
 
 def test_defaults_of_the_trainer_are_named():
-    page = " ".join((ROOT / "docs" / "configuration.md").read_text().split())
+    page = " ".join(DOCS["configuration.md"].read_text().split())
     for option, value in fit.TRAINER_DEFAULTS.items():
         if option not in ("callbacks", "enable_model_summary"):
             assert f"`{option}: {json.dumps(value)}`" in page, option
 
 
 def test_reasons_of_skips_are_listed():
-    body = (ROOT / "docs" / "data.md").read_text()
+    body = DOCS["data.md"].read_text()
     listed = {cell for cells in rows(body) for cell in cells}
     assert {reason.value for reason in Reason} <= listed
     named = {row[0]: row[1] for row in rows(body)}
@@ -288,8 +290,8 @@ def test_reasons_of_skips_are_listed():
 
 
 def test_conditions_of_filters_are_listed():
-    listed = " ".join(row[0] for row in rows((ROOT / "docs" / "data.md").read_text()))
-    fields = re.search(r"^\| `FIELD_min`, .*$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)[0]
+    listed = " ".join(row[0] for row in rows(DOCS["data.md"].read_text()))
+    fields = re.search(r"^\| `FIELD_min`, .*$", DOCS["data.md"].read_text(), re.MULTILINE)[0]
     assert all(f"`{field}`" in fields for field in metadata.NUMBERS)
     with pytest.raises(InputError) as refused:
         Filter({"nothing": 1})
@@ -299,7 +301,7 @@ def test_conditions_of_filters_are_listed():
 
 
 def test_verbs_are_listed():
-    listed = {verb for row in rows((ROOT / "docs" / "configuration.md").read_text()) for verb in row[0].split(", ")}
+    listed = {verb for row in rows(DOCS["configuration.md"].read_text()) for verb in row[0].split(", ")}
     verbs = {f"`{verb}`" for verb in main.VERBS if verb != "shards"} | {f"`shards {verb}`" for verb in shards.VERBS}
     assert verbs <= listed
 
@@ -307,17 +309,17 @@ def test_verbs_are_listed():
 def test_options_of_shards_and_quickstart_are_listed(options, capsys):
     told = [("data.md", ("shards", verb)) for verb in shards.VERBS]
     for page, verb in [*told, ("data.md", ("verify-resume",)), ("quickstart.md", ("quickstart",))]:
-        cells = [row[0] for row in rows((ROOT / "docs" / page).read_text())]
+        cells = [row[0] for row in rows(DOCS[page].read_text())]
         listed = {option for cell in cells for option in re.findall(r"`(--[\w-]+)`", cell)}
         own = {option for option in options(verb, capsys) if "." not in option}  # the rest are fit's
         assert own - {"--help"} <= listed, verb
 
 
 def test_fields_of_the_manifest_are_listed(tmp_path):
-    code = blocks(ROOT / "docs" / "cascade.md", "python")[0].split("cascade = Cascade.load")[0]
+    code = blocks(DOCS["cascade.md"], "python")[0].split("cascade = Cascade.load")[0]
     exec(code.replace('"cascade"', repr(str(tmp_path / "cascade"))), {"__name__": "my_package"})
     manifest = json.loads((tmp_path / "cascade" / cascade.MANIFEST).read_text())
-    cells = " ".join(row[0] for row in rows((ROOT / "docs" / "cascade.md").read_text()))
+    cells = " ".join(row[0] for row in rows(DOCS["cascade.md"].read_text()))
     listed = set(re.findall(r"`([\w\[\].]+)`", cells))
     fields = set(manifest) | {f"stages[].{key}" for stage in manifest["stages"] for key in stage}
     assert fields <= listed

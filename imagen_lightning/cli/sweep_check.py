@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,8 @@ def configuration(words: Sequence[str]) -> dict[str, Any]:
         def instantiate_classes(self) -> None:
             pass
 
-    given = [word for word in prepare("fit", [*words, "--print_config"]) if word != "--print_config"]
+    with ExitStack() as stack:
+        given = [word for word in prepare("fit", [*words, "--print_config"], stack) if word != "--print_config"]
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         made = Parsed(

@@ -25,12 +25,16 @@ class Distribution(Protocol):
         """The number of values; None where there are infinitely many."""
         ...
 
-    def nth(self, place: int) -> Any:
-        """The value at a place in 0..size-1, in order."""
-        ...
-
     def examples(self) -> Sequence[Any]:
         """Few values by which a command can be checked: all of a list, the ends of a range."""
+        ...
+
+
+class Listed(Distribution, Protocol):
+    """One parameter's finitely many values, in order."""
+
+    def nth(self, place: int) -> Any:
+        """Return the value at a place in 0..size-1."""
         ...
 
 

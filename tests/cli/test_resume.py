@@ -101,7 +101,7 @@ def test_every_rule_counts_for_some_key():
 
 
 def test_the_documentation_has_the_table():
-    page = Path(__file__).parents[2] / "docs" / "resume.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "resume.md"
     assert resume_rules.table() in page.read_text()
 
 

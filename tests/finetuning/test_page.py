@@ -1,4 +1,4 @@
-"""Every command of docs/finetuning.md runs, in the page's order, on a tiny cascade at the paths that it names."""
+"""Every command of docs/how-to/finetuning.md runs, in order, on a tiny cascade at the paths that it names."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from imagen_lightning.stages import BaseStage, Sampling, SuperResolutionStage, T
 from imagen_lightning.text import TinyTextEncoder, TransformerEncoder
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "finetuning.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "finetuning.md").read_text()
 SMALL = {"dim": 8, "multipliers": [1, 2], "num_blocks": 1, "head_dim": 8, "groups": 4, "text_dim": 16}
 SHORT = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"),

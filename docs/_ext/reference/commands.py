@@ -1,0 +1,74 @@
+"""Pages of the commands, from the parsers that read them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+from imagen_lightning.cli import main
+
+from .markdown import code, table, text, toctree, write
+
+
+def parser_of(words: tuple[str, ...]) -> argparse.ArgumentParser:
+    """Return the parser that prints `imagen-lightning WORDS --help`."""
+    found: list[argparse.ArgumentParser] = []
+    with (
+        mock.patch.object(argparse.ArgumentParser, "print_help", lambda self, file=None: found.append(self)),
+        mock.patch.object(sys, "argv", ["imagen-lightning"]),
+        contextlib.suppress(SystemExit),
+    ):
+        main.main([*words, "--help"])
+    return found[-1]
+
+
+def commands() -> dict[tuple[str, ...], tuple[str, argparse.ArgumentParser]]:
+    """Return the purpose and the parser of each command, by its words: `sample`, `shards write`."""
+    found = {}
+    for name, (_, purpose) in main.VERBS.items():
+        found[name,] = purpose, parser_of((name,))
+        for action in found[name,][1]._actions:
+            if isinstance(action.choices, Mapping):  # its subcommands
+                found |= {(name, below): (text, parser_of((name, below))) for below, text in action.choices.items()}
+    return found
+
+
+def page(words: tuple[str, ...], purpose: str, parser: argparse.ArgumentParser) -> str:
+    formatter = parser._get_formatter()
+
+    def names(action: argparse.Action) -> list[str]:
+        value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
+        return [f"{option} {value}".strip() for option in action.option_strings] or [value]
+
+    groups = {group.title or "": group._group_actions for group in parser._action_groups}
+    positional = groups.pop("positional arguments", [])
+    usage = " ".join(["imagen-lightning", *words, *(names(action)[0] for action in positional), "[options]"])
+    lines = [f"# {' '.join(words)}\n", text(purpose[0].upper() + purpose[1:]) + ".\n", f"```text\n{usage}\n```\n"]
+    for title, actions in groups.items():
+        if title.lower() in ("options", "optional arguments"):
+            title, actions = "Options", [*positional, *actions]
+        elif actions and len(title) > 50:  # a class's docstring: jsonargparse
+            title = code(f"--{actions[0].dest.partition('.')[0]}")
+        rows = [
+            [", ".join(map(code, names(action))), text(formatter._expand_help(action) if action.help else "")]
+            for action in actions
+            if action.help != argparse.SUPPRESS and action.dest != "help"
+        ]
+        if rows:
+            lines.append(f"## {title}\n\n" + table(["option", "meaning"], rows))
+    return "\n".join(lines)
+
+
+def write_pages(folder: Path) -> None:
+    found = commands()
+    rows = []
+    for words, (purpose, parser) in found.items():
+        name = "-".join(words)
+        write(folder / f"{name}.md", page(words, purpose, parser))
+        rows.append([f"[{' '.join(words)}]({name}.md)", text(purpose)])
+    index = "# Commands\n\n`imagen-lightning COMMAND --help` shows the same, from the same parsers.\n\n"
+    write(folder / "index.md", index + table(["command", "does"], rows) + "\n" + toctree(map("-".join, found)))

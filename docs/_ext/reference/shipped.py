@@ -1,0 +1,32 @@
+"""The page of the experiments that ship, and links to it instead of to their files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .markdown import code, write
+
+FILES = re.compile(r"\]\((?:\.\./)+experiments/([\w./-]*)\)")
+
+
+def anchor(name: str) -> str:
+    return re.sub(r"\W", "-", f"experiments-{name.removesuffix('.yaml').strip('/')}")
+
+
+def write_page(path: Path, experiments: Path) -> None:
+    lines = ["# Experiments\n", "The files that ship. `--config` finds each by the path shown, from any folder."]
+    lines.append("The head of a file says its command, hardware, duration and result.\n")
+    for folder in sorted({file.parent for file in experiments.rglob("*.yaml")}):
+        name = folder.relative_to(experiments).as_posix()
+        lines += [f"({anchor(name)})=", f"## {name}\n"]
+        for file in sorted(folder.glob("*.yaml")):
+            name = file.relative_to(experiments).as_posix()
+            lines += [f"({anchor(name)})=", f"### {code(f'experiments/{name}')}\n"]
+            lines += ["```yaml", file.read_text().rstrip(), "```\n"]
+    write(path, "\n".join(lines))
+
+
+def lead_there(text: str) -> str:
+    """Replace links to files of `experiments/` by links to their places on the page."""
+    return FILES.sub(lambda found: f"](#{anchor(found[1])})", text)
