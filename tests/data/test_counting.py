@@ -203,7 +203,7 @@ def sorted_out(found):
             lower = suffix.lower()
             further = more and known_short and not (image and caption)
             if lower not in (*READ, "txt", "json"):
-                unread[f"{more}.{lower}".lower() if more else lower] += 1
+                unread[f"{more}.{lower}".lower() if more and (further or not known) else lower] += 1
             elif further:
                 unread[f"{more}.{lower}".lower()] += 1
         if not known and not has(key, ("gif", "heic")):
