@@ -388,14 +388,19 @@ def keep_index(index: ShardIndex, files: Iterable[Path]) -> ShardIndex:
     return index
 
 
+def check_workers(number: int) -> None:
+    """Raise InputError for a number of processes out of range."""
+    if not 0 <= number <= MAX_WORKERS:
+        raise InputError(f"{number} workers are out of range; give a number from 0 to {MAX_WORKERS}")
+
+
 def map_shards(job: Callable[[str], T], shards: Sequence[str], processes: int = 0) -> Iterator[T]:
     """A job of each shard, in order, by that many processes, or by threads where it is 0; with a bar where many.
 
     Raises:
         InputError: the number of processes is out of range.
     """
-    if not 0 <= processes <= MAX_WORKERS:
-        raise InputError(f"{processes} workers are out of range; give a number from 0 to {MAX_WORKERS}")
+    check_workers(processes)
     if len(shards) < 2:
         yield from map(job, shards)
         return

@@ -16,6 +16,8 @@ from imagen_lightning.io.lines import lines
 
 log = logging.getLogger(__name__)
 
+_MOST_KINDS = 20
+
 
 class Reason(str, Enum):
     """Why a sample cannot be used."""
@@ -43,9 +45,11 @@ class Reason(str, Enum):
 
 
 def counted_by_kind(counts: Mapping[str, int]) -> str:
-    """Return "3 xyz, 1 cls", the most frequent first."""
+    """Return "3 xyz, 1 cls", the most frequent first; the rarest of many kinds together."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count} {kind}" for kind, count in ordered)
+    texts = [f"{count} {kind}" for kind, count in ordered[:_MOST_KINDS]]
+    rest = [count for _, count in ordered[_MOST_KINDS:]]
+    return ", ".join(texts + ([f"{sum(rest)} of {len(rest)} other kinds"] if rest else []))
 
 
 class Unusable(Exception):

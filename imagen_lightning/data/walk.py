@@ -130,7 +130,7 @@ def walk(descriptor: int, path: str) -> tuple[Arrays, dict[str, Reason], dict[st
 def _sort_out(odd: Sequence[_Odd], rows: dict[str, int], spans: array[int], faults: dict[str, Reason]) -> Iterator[str]:
     """Give the remaining members to samples and faults, and yield the suffix under which each is counted."""
     dotted: dict[tuple[str, str], list[tuple[str, _Odd]]] = {}
-    images: list[tuple[str, str]] = []
+    others: list[tuple[str, str, str, str]] = []
     for member in odd:
         more, tail = split_suffix(member.suffix)
         full = f"{member.key}.{more}" if more else member.key
@@ -139,8 +139,7 @@ def _sort_out(odd: Sequence[_Odd], rows: dict[str, int], spans: array[int], faul
         elif member.reason is not None:
             faults.setdefault(member.key or member.name, member.reason)
         else:
-            yield member.suffix.lower() if member.key else NO_KEY
-            images += [(member.key, full)] if member.key and tail in OTHER_IMAGES else []
+            others.append((member.key, full, member.suffix.lower(), tail))
     for (key, full), parts in dotted.items():
         if key in rows and not is_whole(SUFFIXES[tail] for tail, member in parts if member.reason is None):
             reasons = [faults.pop(full, None), *(member.reason for _, member in parts)]
@@ -161,7 +160,10 @@ def _sort_out(odd: Sequence[_Odd], rows: dict[str, int], spans: array[int], faul
             if spans[place] >= 0:
                 faults.setdefault(full, Reason.DUPLICATE_KEY)
             spans[place : place + 2] = array("q", [member.offset, member.size])
-    for key, full in images:
+    for key, full, suffix, tail in others:
+        yield (tail if full in rows else suffix) if key else NO_KEY
+        if tail not in OTHER_IMAGES or not key:
+            continue
         if full in rows:
             if spans[2 * (NUM_KINDS * rows[full] + IMAGE)] < 0:
                 faults.setdefault(full, Reason.OTHER_FORMAT)

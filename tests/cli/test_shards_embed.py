@@ -235,7 +235,8 @@ def test_a_disk_without_room_is_refused_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     shards, out = write_shards(tmp_path / "shards", [3]), tmp_path / "states"
     assert embed(shards, out, "--encoder", "tiny") == 2
-    assert re.search(r"take about [\d.]+ kB and .* has 1.0 MB left: .*or store int8", capsys.readouterr().err)
+    message = r"take about [\d.]+ kB, 67.1 MB more are to stay free, and .* has 1.0 MB left: .*or store int8"
+    assert re.search(message, capsys.readouterr().err)
     assert not out.exists()
 
 

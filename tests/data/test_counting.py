@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import imagen_lightning
+from imagen_lightning.cli.main import main
 from imagen_lightning.data.braces import MAX_SHARDS, count_names
 from imagen_lightning.data.dataset import Decoder
 from imagen_lightning.data.decode import FILE_FORMATS, decode_captions
@@ -202,7 +203,7 @@ def sorted_out(found):
             lower = suffix.lower()
             further = more and known_short and not (image and caption)
             if lower not in (*READ, "txt", "json"):
-                unread[f"{more}.{lower}".lower() if more else lower] += 1
+                unread[f"{more}.{lower}".lower() if more and (further or not known) else lower] += 1
             elif further:
                 unread[f"{more}.{lower}".lower()] += 1
         if not known and not has(key, ("gif", "heic")):
@@ -478,3 +479,24 @@ def test_numbers_that_would_never_come_to_an_end_are_refused(name, value):
 
     with pytest.raises(InputError, match=f"{name} {value} is out of range"):
         ShapesDataModule(**{name: value}).setup("fit")
+
+
+@pytest.mark.parametrize("command", ["index", "verify", "doctor", "write"])
+@pytest.mark.parametrize("workers", ["-1", "1000000000"])
+def test_workers_without_measure_are_refused(tmp_path, capsys, command, workers):
+    shard = write_tar(tmp_path / "a.tar", {"p0": ["jpg", "txt"]})
+    open_index(shard, hashes=True)
+    folder = str(write_folder(tmp_path / "set", {"a.png": b""}))
+    where = {"write": [folder, f"{folder}-out"], "doctor": [shard, "--out", f"{folder}.html"]}.get(command, [shard])
+    assert main(["shards", command, *where, "--workers", workers]) == 2
+    assert f"{workers} workers are out of range; give a number from 0 to 1024" in capsys.readouterr().err
+
+
+def test_shards_of_other_members_alone_say_what_they_hold(tmp_path):
+    from imagen_lightning.data import LaionDataModule
+
+    shard = write_tar(tmp_path / "a.tar", {"p0": ["xyz"], "p1": ["xyz", "cls"]})
+    with pytest.raises(InputError, match=r"no samples: the shards hold 2 xyz, 1 cls and no image KEY\.jpg"):
+        LaionDataModule(shard).setup("fit")
+    with pytest.raises(InputError, match="the 1 shard given hold 2 xyz, 1 cls and no sample"):
+        examine(shard)

@@ -24,10 +24,12 @@ def main(argv: list[str]) -> int:
     """Runs `imagen-lightning shards doctor` with the arguments after that and returns the exit code."""
     arguments = parser().parse_args(argv)
     from imagen_lightning.data.doctor import examine
+    from imagen_lightning.data.index import check_workers
     from imagen_lightning.report.doctor_page import doctor_page, summary
     from imagen_lightning.report.page import refuse_other
 
     refuse_other(arguments.out)
+    check_workers(arguments.workers)
     stages = [_stage(text) for text in arguments.stage]
     found = examine(
         arguments.shards,

@@ -44,8 +44,10 @@ def main(argv: list[str]) -> int:
 
 def num_processes(shards: list[str], workers: int) -> int:
     """How many processes read shards; 0, for threads, where starting them would take longer, and for remote ones."""
+    from imagen_lightning.data.index import check_workers
     from imagen_lightning.data.remote import is_remote
 
+    check_workers(workers)
     if workers < 2 or len(shards) < 2 or any(map(is_remote, shards)):
         return 0
     return min(workers, len(shards)) if sum(map(os.path.getsize, shards)) >= _MIN_BYTES else 0

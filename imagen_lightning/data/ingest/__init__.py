@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from imagen_lightning.data.filters import Filter, FilterCounts
-from imagen_lightning.data.index import MAX_WORKERS
+from imagen_lightning.data.index import check_workers
 from imagen_lightning.data.ingest.lock import FolderLock, locked
 from imagen_lightning.data.ingest.making import Job, Progress, make_shards
 from imagen_lightning.data.ingest.plan import SKIPPED, SPLITS, Out, Task, list_records
@@ -115,8 +115,8 @@ def write_shards(
         raise InputError(f"held-out share {held_out} must be at least 0 and below 1")
     if held_out_by is not None and held_out == 0:
         raise InputError(f"held-out by {held_out_by!r} needs a held-out share above 0")
-    if workers is not None and not 0 <= workers <= MAX_WORKERS:
-        raise InputError(f"{workers} workers: give 0 for none, or up to {MAX_WORKERS}")
+    if workers is not None:
+        check_workers(workers)
     images = ImageSettings(max_side, short_side, image_format, quality)
     conditions = None if filter is None else Filter.parse(filter)
     captions = [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
