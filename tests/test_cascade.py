@@ -663,3 +663,15 @@ def test_importing_the_package_imports_no_torch():
     assert imagen_lightning.Cascade is Cascade
     with pytest.raises(AttributeError, match="Kaskade"):
         _ = imagen_lightning.Kaskade
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 2**70, 1.5, None, "0", [0, -1, 2], [0, 1, 2.5]])
+def test_a_seed_out_of_range_is_refused_and_never_wrapped(cascade, seed):
+    with pytest.raises(InputError, match=r"seed .* is not a whole number in \[0, 2\^63\)"):
+        cascade.sample(CAPTIONS, seed=seed)
+
+
+def test_seeds_are_taken_up_to_the_largest(cascade):
+    last = cascade.sample(CAPTIONS[:1], seed=2**63 - 1, steps=1)
+    assert torch.equal(last.images, cascade.sample(CAPTIONS[:1], seed=torch.tensor([2**63 - 1]), steps=1).images)
+    assert not torch.equal(last.images, cascade.sample(CAPTIONS[:1], seed=0, steps=1).images)

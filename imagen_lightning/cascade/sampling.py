@@ -237,7 +237,7 @@ def find_stage(names: Sequence[str], stage: int | str) -> int:
     """The place of a stage given by name or number (also as a string)."""
     if isinstance(stage, str) and stage in names:
         return names.index(stage)
-    if (isinstance(stage, int) or stage.isdecimal()) and 0 <= int(stage) < len(names):
+    if (isinstance(stage, int) or (stage.isdecimal() and len(stage) < 10)) and 0 <= int(stage) < len(names):
         return int(stage)
     known = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
     raise InputError(f"stage {stage!r} is unknown; the cascade has {known}")

@@ -99,7 +99,10 @@ def _load(arguments: Any) -> dict[str, Any]:
     from imagen_lightning.cascade import Cascade
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: Cascade.load(getattr(arguments, name), device, trust=arguments.trust) for name in ("a", "b")}
+    found = {name: Cascade.load(getattr(arguments, name), device, trust=arguments.trust) for name in ("a", "b")}
+    for cascade in found.values():
+        cascade.settings(arguments.guidance, arguments.steps)  # refuses as many values as it has no stages
+    return found
 
 
 def _draw(arguments: Any, cascades: dict[str, Any], captions: list[str]) -> None:

@@ -39,6 +39,9 @@ VERBS = {
 _ASCII = {"…": "...", "–": "-", "—": "-", "×": "x", "±": "+-", "≥": ">=", "≤": "<=", "“": '"', "”": '"', "’": "'"}
 
 
+_LONGEST = 1500  # characters of a message: whatever a value's length, its end says what to do
+
+
 def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
@@ -125,6 +128,8 @@ def _first_line(error: BaseException) -> str:
 
 def _refuse(message: str) -> int:
     line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(message.split()))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     with contextlib.suppress(OSError):  # a closed or full stderr: the exit code says it
         print(f"imagen-lightning: error: {line}", file=sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,6 +57,11 @@ class BallotServer(ThreadingHTTPServer):
         except OSError as error:
             raise InputError(f"--port {port} cannot be used ({error.strerror}); give another, or 0") from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that has gone."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
@@ -76,8 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request; whatever it holds, the server goes on and the terminal stays quiet."""
         try:
             method()
-        except ConnectionError:  # the browser has gone
-            self.close_connection = True
+        except ConnectionError:
+            raise
         except (ValueError, TypeError, KeyError, RecursionError) as error:  # InputError is a ValueError
             self._send(HTTPStatus.BAD_REQUEST, str(error).encode(errors="replace"), "text/plain; charset=utf-8")
         except OSError as error:

@@ -131,7 +131,8 @@ def damage(folder, cascade, run, shard):
     for name, text in {
         "broken.yaml": "model: [",
         "bomb.yaml": bomb,
-        "deep.yaml": "[" * 5000,
+        "deep.yaml": f"model: {'[' * 200}{']' * 200}",
+        "deeper.yaml": "[" * 5000,
         "list.yaml": "[1, 2]",
         "self.yaml": "model: &m {again: *m}",
         "deep.json": "[" * 100_000,

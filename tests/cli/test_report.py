@@ -53,6 +53,7 @@ def refused(capsys, *arguments):
 
 def test_what_is_refused(run, tmp_path, capsys):
     assert "nothing to report on" in refused(capsys, tmp_path / "gone")
+    assert "is a file; give the folder that holds it" in refused(capsys, run / "metrics.csv")
     assert "is a folder" in refused(capsys, run, "--out", tmp_path)
     (tmp_path / "notes.html").write_text("mine")
     assert "is no page of imagen-lightning" in refused(capsys, run, "--out", tmp_path / "notes.html")

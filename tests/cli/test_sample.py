@@ -99,6 +99,22 @@ def test_sample_writes_pictures_a_grid_and_a_record(folder, tmp_path, capsys):
     assert record["samples"][3] == {"file": "00003.png", "prompt": "ein grüner Kreis", "seed": 5, "index": 3}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", 'Category,Prompts\nA,"a star, red"\nB,a cross\n'),
+        ("p.tsv", "Prompt\tCategory\na star, red\tA\na cross\tB\n"),
+        ("p.jsonl", '{"tag": "A", "prompt": "a star, red"}\n{"prompt": "a cross"}\n'),
+        ("p.txt", "a star, red\n\na cross\n"),
+    ],
+)
+def test_prompt_sets_are_read_as_every_command_reads_them(folder, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert main(["sample", str(folder), "--prompts", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert [sample["prompt"] for sample in record["samples"]] == ["a star, red", "a cross"]
+
+
 def test_the_grid_shows_every_stage(folder, tmp_path):
     assert main(["sample", str(folder), "--prompt", "a red star", "--out", str(tmp_path)]) == 0
     grid = from_pil(Image.open(tmp_path / "grid.png"))

@@ -52,6 +52,26 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert len(Ballot(path, 3, 0).votes) == 2
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": 1, "question": "fidelity", "choice": "c"}',
+        '{"prompt": true, "question": "fidelity", "choice": "a"}',
+        '{"prompt": 1, "question": ["fidelity"], "choice": "a"}',
+        '{"prompt": [1], "question": "fidelity", "choice": "a"}',
+        '{"prompt": 9, "question": "fidelity", "choice": "a"}',
+        "[" * 100_000,
+        "\0",
+        "[]",
+    ],
+)
+def test_a_line_that_is_not_a_vote_is_named(line, tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match="line 1, is not a vote"):
+        Ballot(path, 3, 0)
+
+
 def test_a_vote_that_finds_no_room_leaves_nothing(tmp_path):
     path = tmp_path / "votes.jsonl"
     ballot = Ballot(path, 3, 0)

@@ -1,6 +1,8 @@
 """The page on which a person votes, in a browser: blind, by key, saved as votes fall, gone on with."""
 
 import json
+import socket
+import struct
 import threading
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -107,6 +109,46 @@ def post(server, body, **headers):
     request = Request(server.url + "vote", data=body, headers={"Content-Type": "application/json", **headers})
     with urlopen(request) as answer:
         return answer.status
+
+
+MALFORMED = [
+    b"GET //[ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: [\r\n\r\n",
+    b"GET /ballot HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\n\r\n",
+    b"GET /image/" + b"9" * 5000 + b"/left/0.png HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /image/x/left/y.png HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"\xff\xfe\0\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    *(
+        b"POST /vote HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(body), body)
+        for body in (
+            b"[" * 9000,
+            b'{"prompt": 1e999, "question": "fidelity", "side": "left"}',
+            b'{"prompt": 0.5, "question": "fidelity", "side": "left"}',
+            b'{"prompt": true, "question": "fidelity", "side": "left"}',
+            b'{"prompt": ' + b"9" * 5000 + b', "question": "fidelity", "side": "left"}',
+            b'{"prompt": "\xff"}',
+            b"null",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_requests_are_answered_and_tell_the_terminal_nothing(server, request_bytes, capfd):
+    with socket.create_connection(server.server_address, timeout=10) as client:
+        client.sendall(request_bytes)
+        answer = client.recv(100)
+    assert answer.startswith((b"HTTP/1.0 4", b"<!DOCTYPE")), answer  # the latter to HTTP 0.9
+    with socket.create_connection(server.server_address) as client:  # goes before it is answered
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with urlopen(server.url + "ballot") as answer:
+        assert answer.status == 200
+    assert not server.ballot.votes
+    assert capfd.readouterr().err == ""
 
 
 def test_votes_of_other_sites_and_other_things_are_refused(server):
