@@ -121,11 +121,7 @@ class Protocol:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`, without the fields that do not apply."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if value is not None
-        }
+        return {name: _with_lists(value) for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Protocol:
@@ -295,6 +291,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return tuple(_plain(item) for item in value)
     return int(value) if float(value).is_integer() else value
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_lists(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _words(value: Any) -> str:

@@ -142,6 +142,7 @@ def test_the_key_is_stable_and_does_not_tell_3_from_3_0():
 
 @pytest.mark.parametrize("protocol", [FULL, Protocol("CLIP score")])
 def test_json_keeps_everything(protocol):
+    assert json.loads(json.dumps(protocol.to_json())) == protocol.to_json()
     assert Protocol.from_json(json.loads(json.dumps(protocol.to_json()))) == protocol
     for number in (value(protocol), Value(protocol.metric, 2, None, None, protocol)):
         assert Value.from_json(json.loads(json.dumps(number.to_json(), allow_nan=False))) == number
