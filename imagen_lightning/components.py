@@ -192,13 +192,14 @@ class _Builder:
     complete: bool
 
     def value(self, given: Any, kind: Any, key: str) -> Any:
-        """Return `given`, or the objects that it describes, as the annotation `kind` has it."""
+        """Return `given`, or the objects that it describes, as the annotation has it; objects stay as they are."""
         options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         described = isinstance(given, Mapping) and "class_path" in given
-        if described and Any not in options:
-            families = tuple(option for option in options if _is_family(option))
-            if families:
-                return self.object(given, families, key)
+        families = tuple(option for option in options if _is_family(option))
+        if families and isinstance(given, families):
+            return given  # made already, by a script
+        if families and described:
+            return self.object(given, families, key)
         for option in options:
             if not _fits(given, option):
                 continue

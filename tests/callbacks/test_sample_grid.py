@@ -164,7 +164,7 @@ def test_images_that_are_not_finite_are_marked_and_training_continues(fit, make_
 
 def test_the_colour_shift_of_an_image_that_is_not_finite_is_not_logged(fit, make_sr, tmp_path):
     grid = SampleGrid(num_images=2, every_n_steps=1, num_steps=2, sampler=Broken())
-    fit([RunCSVLogger(tmp_path), grid], steps=1, stage=make_sr())
+    fit([grid], steps=1, stage=make_sr(), logger=RunCSVLogger(str(tmp_path)))
     saved = json.loads((tmp_path / "samples/0000001/samples.json").read_text())
     assert saved["colour_shifts"][1] == "nan"
     assert saved["not_finite"] == ["00001.png"]
