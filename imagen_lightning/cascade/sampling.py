@@ -196,7 +196,7 @@ def image_seeds(seed: int | Sequence[int], count: int, first_index: int) -> list
     Raises:
         InputError: another number of seeds, or one that is not a whole number in [0, 2^63): noise takes 64 bits.
     """
-    if not isinstance(seed, Sequence):
+    if isinstance(seed, int) or not hasattr(seed, "__len__"):
         return [(_checked_seed(seed), first_index + i) for i in range(count)]
     if len(seed) != count:
         raise InputError(f"{len(seed)} seeds for {count} captions; give one, or one a caption")

@@ -119,7 +119,7 @@ def test_a_real_step_stands_beside_the_estimate(stage, capsys):
         (["stage.yaml", "--memory", "200MB"], "--memory 200 MB is no more than the 1.00 GB that a GPU's context"),
         (["stage.yaml", "--tokens", "0"], "argument --tokens: '0' is outside [1, 100000]"),
         (["stage.yaml", "--trainer.devices=3"], "batch_size 4 is not a multiple of the 3 processes"),
-        (["stage.yaml", "--json", "stage.yaml"], "stage.yaml exists"),
+        (["stage.yaml", "--json", "stage.yaml"], "'stage.yaml' exists"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(stage, capsys, arguments, message):
