@@ -3,7 +3,13 @@
 import csv
 import json
 import math
+import os
+import socket
 import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock
 
 import pytest
@@ -132,6 +138,7 @@ def test_wandb_is_online_only_with_a_key(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     asked = []
+    monkeypatch.setattr(loggers, "_begin_online", lambda logger: None)
     monkeypatch.setattr(loggers, "WandbLogger", lambda **settings: asked.append(settings) or Mock())
 
     def mode():
@@ -188,3 +195,64 @@ def test_what_was_measured_of_the_checkpoints_weights_stays(tmp_path):
     resumed.log_metrics({"train/loss": 2.0}, 3)
     resumed.flush()
     assert rows_of(tmp_path)[-1] == {"step": "3", "train/loss": "2.0", "sr_256/fid": "3.0", "base/text_gain": "0.5"}
+
+
+@pytest.fixture
+def black_hole():
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_any_answer_shows_that_a_server_is_there(black_hole):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert loggers._unreachable(f"http://127.0.0.1:{server.server_address[1]}") is None
+        server.shutdown()
+    assert "refused" in loggers._unreachable("http://127.0.0.1:9")
+    start = time.monotonic()
+    assert "does not answer within 3 seconds" in loggers._unreachable(black_hole)
+    assert time.monotonic() - start < 8
+
+
+LOG = """
+import sys, time
+from imagen_lightning.callbacks import wandb_logger
+import wandb
+wandb.setup()
+start = time.monotonic()
+logger = wandb_logger(sys.argv[1], "project", {})
+seconds = time.monotonic() - start
+logger.experiment.log({"a": 1})
+print("\\nfound", seconds, wandb.run.settings.mode)
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["silent", *(pytest.param(how, marks=pytest.mark.slow) for how in ("refused", "not found"))]
+)
+def test_without_a_network_a_run_with_a_key_logs_offline_within_seconds(tmp_path, black_hole, how):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:  # answers, but begins no run
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_address[1]}"
+        address = {"refused": "http://127.0.0.1:9", "silent": black_hole, "not found": there}[how]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", LOG, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        server.shutdown()
+    (line,) = [line for line in done.stderr.splitlines() if "logging offline" in line]
+    assert f"`wandb sync {tmp_path}/wandb/offline-run-*` uploads the run later" in line
+    (found,) = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    _, seconds, mode = found.split()
+    assert mode == "offline"
+    assert float(seconds) < 10
+    assert list(tmp_path.glob("wandb/offline-run-*"))
