@@ -38,7 +38,8 @@ smartquotes = False
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_title = "imagen-lightning"
+html_show_copyright = False
 html_copy_source = False
 html_show_sphinx = False

@@ -1,4 +1,4 @@
-"""Every command of docs/how-to/finetuning.md runs, in order, on a tiny cascade at the paths that it names."""
+"""Every command of these pages runs, in order, on a tiny cascade at the paths that they name."""
 
 import re
 import shlex
@@ -17,21 +17,26 @@ from imagen_lightning.stages import BaseStage, Sampling, SuperResolutionStage, T
 from imagen_lightning.text import TinyTextEncoder, TransformerEncoder
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "how-to" / "finetuning.md").read_text()
+NAMES = ["how-to/finetuning", "start/fine-tune", "start/compare-stages", "start/your-own-images"]
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NAMES}
+PAGE = PAGES["how-to/finetuning"]
 SMALL = {"dim": 8, "multipliers": [1, 2], "num_blocks": 1, "head_dim": 8, "groups": 4, "text_dim": 16}
 SHORT = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.accelerator=cpu"),
     *("--trainer.log_every_n_steps=1", "--throughput.measure_matmul=false", "--checkpoint.every_n_steps=1"),
     "--model.init_args.optimization.warmup_steps=0",
 ]
+FOR_PEOPLE = "imagen-lightning compare"  # waits for votes
 
 
 def commands():
-    """The page's command lines in order, those in lines with a backslash as one."""
+    """The pages' command lines in order, those in lines with a backslash as one; what was run is not run again."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
-        found += [line for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
-    return found
+    for page in PAGES.values():
+        for block in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line and not line.startswith(("#", FOR_PEOPLE))]
+    return list(dict.fromkeys(found))
 
 
 COMMANDS = commands()
@@ -53,6 +58,12 @@ def folder(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.2)
     Cascade([base, sr]).save(here / "runs/quickstart/cascade")
     (here / "domain.yaml").write_text(re.search(r"^```yaml\n(run: runs/domain/.*?)^```", PAGE, re.M | re.S)[1])
+    own = PAGES["start/your-own-images"]
+    (here / "mine.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", own, re.M | re.S)[1])
+    code = re.search(r"^```python\n(.*?)^```", own, re.M | re.S)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        exec(compile(code.replace("400", "60"), "your-own-images.md", "exec"), {})
     for number in range(20):
         picture = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
         save_png(to_pil(picture), here / f"my-images/{number}.png")
@@ -69,6 +80,8 @@ def shorten(words):
         return [*words, "--num", "6"]
     if verb in ("evaluate", "finetune-report"):
         return [*words, "--num", "24"]
+    if verb == "sample":
+        return [*words, "--num-images", "1", "--steps", "1"]
     return words
 
 

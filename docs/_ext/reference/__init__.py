@@ -31,7 +31,15 @@ def lead_inside(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = shipped.lead_there(source[0])
 
 
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a property's first line for its type."""
+    if what == "property":
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", write_all)
     app.connect("source-read", lead_inside)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
     return {"parallel_read_safe": True}

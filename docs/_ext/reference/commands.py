@@ -31,28 +31,36 @@ def commands() -> dict[tuple[str, ...], tuple[str, argparse.ArgumentParser]]:
     found = {}
     for name, (_, purpose) in main.VERBS.items():
         found[name,] = purpose, parser_of((name,))
-        for action in found[name,][1]._actions:
-            if isinstance(action.choices, Mapping):  # its subcommands
-                found |= {(name, below): (text, parser_of((name, below))) for below, text in action.choices.items()}
+        for below, does in subcommands(found[name,][1]).items():
+            found[name, below] = does, parser_of((name, below))
     return found
+
+
+def subcommands(parser: argparse.ArgumentParser) -> Mapping[str, str]:
+    """Return what the commands of a command are for, by name."""
+    positional = [action.choices for action in parser._actions if not action.option_strings]
+    return next((choices for choices in positional if isinstance(choices, Mapping)), {})
 
 
 def page(words: tuple[str, ...], purpose: str, parser: argparse.ArgumentParser) -> str:
     formatter = parser._get_formatter()
 
     def names(action: argparse.Action) -> list[str]:
-        value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
+        value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper()).lstrip("\b")
         return [f"{option} {value}".strip() for option in action.option_strings] or [value]
 
     groups = {group.title or "": group._group_actions for group in parser._action_groups}
     positional = groups.pop("positional arguments", [])
     usage = " ".join(["imagen-lightning", *words, *(names(action)[0] for action in positional), "[options]"])
     lines = [f"# {' '.join(words)}\n", text(purpose[0].upper() + purpose[1:]) + ".\n", f"```text\n{usage}\n```\n"]
+    for below, does in subcommands(parser).items():
+        lines.append(f"- [{below}]({'-'.join([*words, below])}.md): {text(does)}")
     for title, actions in groups.items():
-        if title.lower() in ("options", "optional arguments"):
-            title, actions = "Options", [*positional, *actions]
-        elif actions and len(title) > 50:  # a class's docstring: jsonargparse
-            title = code(f"--{actions[0].dest.partition('.')[0]}")
+        section = actions[0].dest.partition(".")[0] if actions else ""
+        if title.lower() == "options":
+            title, actions = "Options", [*positional, *actions] if not subcommands(parser) else []
+        elif any(action.dest.startswith(f"{section}.") for action in actions):  # titled by a class's docstring
+            title = code(f"--{section}")
         rows = [
             [", ".join(map(code, names(action))), text(formatter._expand_help(action) if action.help else "")]
             for action in actions

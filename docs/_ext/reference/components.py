@@ -51,6 +51,18 @@ def components(package: str) -> Iterator[tuple[str, Any]]:
             yield name, found
 
 
+def options(component: Any) -> dict[str, inspect.Parameter]:
+    """Return the arguments by name, with a parent's where `**options` hands them on."""
+    found: dict[str, inspect.Parameter] = {}
+    parents = inspect.getmro(component)[1:] if inspect.isclass(component) else ()
+    for source in [component, *(cls for cls in parents if "__init__" in vars(cls))]:
+        arguments = inspect.signature(source).parameters
+        found = {**{name: item for name, item in arguments.items() if item.kind is not item.VAR_KEYWORD}, **found}
+        if all(item.kind is not item.VAR_KEYWORD for item in arguments.values()):
+            break
+    return found
+
+
 def meanings(component: Any) -> dict[str, str]:
     """Return what the docstrings say of each argument; those of a class before those of its parents."""
     found: dict[str, str] = {}
@@ -72,9 +84,7 @@ def section(package: str, name: str, component: Any, elsewhere: dict[str, Any]) 
     described = parse(component.__doc__ or "", DocstringStyle.GOOGLE)
     told, rows = meanings(component), []
     siblings = [elsewhere[word] for word in re.findall(r"`(\w+)`", component.__doc__ or "") if word in elsewhere]
-    for option, parameter in inspect.signature(component).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            continue
+    for option, parameter in options(component).items():
         meaning = told.get(option)
         if meaning is None:  # "as in `LaionDataModule`"
             meaning = next((meanings(other)[option] for other in siblings if option in meanings(other)), None)

@@ -15,14 +15,14 @@ def anchor(name: str) -> str:
 
 
 def write_page(path: Path, experiments: Path) -> None:
-    lines = ["# Experiments\n", "The files that ship. `--config` finds each by the path shown, from any folder."]
+    lines = ["# Experiments\n", "The files that ship. `--config` finds each by its path, from any folder."]
     lines.append("The head of a file says its command, hardware, duration and result.\n")
     for folder in sorted({file.parent for file in experiments.rglob("*.yaml")}):
         name = folder.relative_to(experiments).as_posix()
-        lines += [f"({anchor(name)})=", f"## {name}\n"]
+        lines += [f"({anchor(name)})=", f"## experiments/{name}\n"]
         for file in sorted(folder.glob("*.yaml")):
             name = file.relative_to(experiments).as_posix()
-            lines += [f"({anchor(name)})=", f"### {code(f'experiments/{name}')}\n"]
+            lines += [f"({anchor(name)})=", f"### {code(file.name)}\n"]
             lines += ["```yaml", file.read_text().rstrip(), "```\n"]
     write(path, "\n".join(lines))
 
