@@ -13,6 +13,7 @@ import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
 import lightning.pytorch as pl  # isort: skip
 
 from imagen_lightning.callbacks.processes import of_all_processes
+from imagen_lightning.io.lines import lines as read_lines
 from imagen_lightning.stages import StepRecord
 from imagen_lightning.types import Batch, InputError
 
@@ -91,7 +92,7 @@ def read_history(path: str | Path) -> list[StepSamples]:
         InputError: a part goes on after a step that no earlier part reached, or steps are missing.
     """
     steps: list[StepSamples] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in read_lines(Path(path).read_text(encoding="utf-8")):
         try:
             entry = json.loads(line or "{}")
         except json.JSONDecodeError:

@@ -18,6 +18,7 @@ import lightning.pytorch as pl  # isort: skip
 from imagen_lightning.callbacks.run_folder import log_evaluation, run_dir
 from imagen_lightning.catalog import slug
 from imagen_lightning.files import write_text
+from imagen_lightning.io.lines import lines as read_lines
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.stages import DiffusionMixin
 from imagen_lightning.types import InputError
@@ -72,7 +73,7 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], more: Sequence[d
     Raises:
         InputError: it is none of ours.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_lines(path.read_text(encoding="utf-8")) if path.exists() else []
     try:
         kept = [line for line in lines if wanted(json.loads(line))]
     except (ValueError, TypeError, KeyError):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from imagen_lightning.catalog import is_of_weights
+from imagen_lightning.io.lines import lines as read_lines
 from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.metrics.protocol import Value
 from imagen_lightning.report.sample_sets import SampleSet, read_steps
@@ -159,7 +160,7 @@ def _verdict(text: str) -> list[str]:
 
 def _failures(text: str) -> list[str]:
     """What callbacks could not measure, in words."""
-    lines = [_mapping_of(json.loads)(line) for line in text.splitlines()]
+    lines = [_mapping_of(json.loads)(line) for line in read_lines(text)]
     return [
         f"{line.get('callback')} failed at step {line.get('step')} and logged nothing there: {line.get('error')}"
         for line in lines
@@ -168,7 +169,7 @@ def _failures(text: str) -> list[str]:
 
 def _measurements(text: str, path: Path, problems: Problems) -> list[Measurement]:
     """One a line; those that cannot be read are counted and left out."""
-    lines = text.splitlines()
+    lines = read_lines(text)
     found = [item for line in lines if (item := _measurement(line)) is not None]
     if len(found) < len(lines):
         problems.add(path, f"lines that are no values are left out: {len(lines) - len(found)}")
@@ -197,7 +198,7 @@ def read_value(content: Any) -> Value:
 
 def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:
     """The columns of a table of steps; rows and cells that are no numbers are counted and left out."""
-    lines = csv.reader(text.splitlines())
+    lines = csv.reader(read_lines(text))
     header = next(lines, [])
     if "step" not in header:
         raise ValueError("no column of steps")
