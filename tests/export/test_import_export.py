@@ -154,7 +154,7 @@ def test_what_lies_beside_the_configs_runs_no_code(cascade, tmp_path):
     said = json.loads(path.read_text())
     said["stage"]["init_args"]["network"]["class_path"] = "subprocess.Popen"
     path.write_text(json.dumps(said))
-    refused(first, "the stage of 'stage_1': class 'subprocess.Popen' is not part of imagen_lightning")
+    refused(first, "the stage of 'stage_1': network: class 'subprocess.Popen' is not part of imagen_lightning")
     path.write_text(json.dumps({**said, "format": "another"}))
     refused(first, "is described in no 'imagen-lightning stage'")
 
