@@ -133,7 +133,7 @@ def check_values(value: Any, key: str = "") -> None:
             check_values(item, key)
     elif isinstance(value, float) and math.isnan(value):
         raise InputError(f"{key} is not a number (nan); give one")
-    elif isinstance(value, int) and abs(value) >= 2**63:
+    elif isinstance(value, int | float) and 2**63 <= abs(value) < math.inf:
         raise InputError(f"{key} {value} is too large; give a number below 2**63")
 
 
