@@ -58,9 +58,9 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    for name, most in (("trials", MAX_TRIALS), ("workers", 1000)):
-        if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= most:
-            raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{most}")
+    for name, highest in (("trials", MAX_TRIALS), ("workers", 1000)):
+        if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= highest:
+            raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{highest}")
     if arguments.study == "":
         raise InputError("--study is empty; give a database URL or a file")
     if not 0 <= arguments.seed < 2**32:
