@@ -58,9 +58,9 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
-    for name, limit in (("trials", MAX_TRIALS), ("workers", 1000)):
-        if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= limit:
-            raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{limit}")
+    for name, highest in (("trials", MAX_TRIALS), ("workers", 1000)):
+        if getattr(arguments, name) is not None and not 1 <= getattr(arguments, name) <= highest:
+            raise InputError(f"--{name} {getattr(arguments, name)} must be in 1..{highest}")
     if arguments.study == "":
         raise InputError("--study is empty; give a database URL or a file")
     if not 0 <= arguments.seed < 2**32:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     if arguments.out is None and (Path(sweep.name).parts != (sweep.name,) or sweep.name == ".."):
         raise InputError(f"{sweep.path}: name {sweep.name!r} is not a folder's; give --out")
     out = arguments.out or Path("runs") / sweep.name
-    most: int | None = arguments.trials or sweep.run_cap
+    most = arguments.trials or sweep.run_cap
     if sweep.method == "grid":
         most = min(search.grid_size(sweep), most or search.grid_size(sweep))
     if arguments.dry_run:

@@ -25,17 +25,22 @@ class Distribution(Protocol):
         """The number of values; None where there are infinitely many."""
         ...
 
+    def nth(self, place: int) -> Any:
+        """The value at a place in 0..size-1, in order."""
+        ...
+
     def examples(self) -> Sequence[Any]:
         """Few values by which a command can be checked: all of a list, the ends of a range."""
         ...
 
 
-class Listed(Distribution, Protocol):
-    """One parameter's finitely many values, in order."""
+class Continuous:
+    """Infinitely many values, which no grid lists."""
+
+    size: ClassVar[None] = None
 
     def nth(self, place: int) -> Any:
-        """Return the value at a place in 0..size-1."""
-        ...
+        raise TypeError(f"{self!r} cannot be listed")
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,11 @@ class IntUniform:
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Continuous):
     """Real numbers between `min` and `max`."""
 
     min: float
     max: float
-    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         return self.min + quantile * (self.max - self.min)
@@ -148,12 +152,11 @@ class QUniform:
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(Continuous):
     """A Gaussian of mean `mu` and standard deviation `sigma`."""
 
     mu: float
     sigma: float
-    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         return NormalDist(self.mu, self.sigma).inv_cdf(quantile)
@@ -163,12 +166,11 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class LogUniform:
+class LogUniform(Continuous):
     """`log_uniform_values`: numbers between `min` and `max` whose logarithm is uniform."""
 
     min: float
     max: float
-    size: ClassVar[None] = None
 
     def at(self, quantile: float) -> float:
         low, high = math.log(self.min), math.log(self.max)

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -28,7 +28,6 @@ from imagen_lightning.sweeps.distributions import (
     Constant,
     Distribution,
     IntUniform,
-    Listed,
     LogUniform,
     Normal,
     QUniform,
@@ -127,7 +126,7 @@ def grid_point(sweep: SweepFile, number: int) -> dict[str, Any]:
         size = parameter.distribution.size
         assert size is not None  # grids of others were refused with the file
         number, place = divmod(number, size)
-        point[study_name(parameter)] = to_study(parameter, cast(Listed, parameter.distribution).nth(place))
+        point[study_name(parameter)] = to_study(parameter, parameter.distribution.nth(place))
     return dict(reversed(point.items()))
 
 

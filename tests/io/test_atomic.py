@@ -121,7 +121,7 @@ WRITERS = {
         lambda path: WholeFileIO().save_checkpoint({"x": torch.zeros(100)}, path),
         lambda path: torch.load(path, weights_only=True),
     ),
-    "link": (lambda path: _link(path.parent / "source", path), lambda path: path.read_text()),
+    "link": (lambda path: _link(path.parents[1] / "source", path), lambda path: path.read_text()),
     "text states": (states_of, lambda path: StatesFile(path).read("a")),
 }
 

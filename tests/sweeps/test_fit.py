@@ -11,6 +11,10 @@ from imagen_lightning.callbacks import wandb_logger
 from imagen_lightning.callbacks.run_folder import read_run_info
 from imagen_lightning.cli.evaluate import agent_folder
 from imagen_lightning.cli.fit_arguments import prepare
+from imagen_lightning.cli.sweep_check import EVALUATION_METRICS
+from imagen_lightning.sweeps.metric import evaluation_values
+
+DISTANCES = ("FD-random", "KD-random")
 
 STAGE = {
     "run": "runs/tiny",
@@ -107,6 +111,7 @@ def test_evaluations_share_what_they_draw(sweeps, tmp_path):
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2, output
     for number, trial in enumerate(trials):
         found = json.loads((sweeps.out / "trials" / f"{number:04d}" / "evaluation.json").read_text())
+        assert evaluation_values(sweeps.out / "trials" / f"{number:04d}").keys() <= {*EVALUATION_METRICS, *DISTANCES}
         whole = next(row for row in found["rows"] if row["input"] == "chain")
         assert trial.value == next(value["value"] for value in whole["values"] if value["metric"] == "FD-random")
         assert all((sweeps.out / "trials" / f"{number:04d}" / row["samples"]).is_file() for row in found["rows"][:3])

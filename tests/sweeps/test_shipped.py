@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from imagen_lightning.cli.main import main
-from imagen_lightning.cli.sweep_check import check, configuration, examples
+from imagen_lightning.cli.sweep_check import check, configuration, examples, logged_names
 from imagen_lightning.errors import InputError
 from imagen_lightning.sweeps.command import arguments_of, expand, own_command
 from imagen_lightning.sweeps.file import read_sweep
-from imagen_lightning.sweeps.metric import history
+from imagen_lightning.sweeps.metric import history, known_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
@@ -190,6 +190,7 @@ def test_the_first_trial_trains_and_logs_its_metric(path, tmp_path):
     done = subprocess.run(program, capture_output=True, text=True, cwd=EXPERIMENTS.parent, env=environment)
     assert done.returncode == 0, done.stderr
     assert [step for step, _ in history(run, sweep.metric.name)] == [2]
+    assert set(known_metrics(run)) <= logged_names(configuration([*rest, f"--run={run}"]))
 
 
 def test_overlays_combine():
