@@ -46,9 +46,9 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The pages in build/docs/index.html; a warning is an error. Needs no network once Sphinx is installed.
+# The pages in build/docs/index.html, all anew; a warning is an error. Needs no network once Sphinx is installed.
 docs: $(DOCS)
-	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

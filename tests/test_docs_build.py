@@ -6,6 +6,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,11 +46,10 @@ def test_the_glossary_has_the_terms():
 
 
 @pytest.mark.parametrize("page", components.PAGES)
-def test_docstrings_say_what_every_option_means(page, tmp_path, caplog):
+def test_docstrings_say_what_every_option_means(page, caplog):
     """And the page names each class with each of its options."""
-    components.write_pages(tmp_path)
+    body = components.pages()[f"{page}.md"]
     assert [record.getMessage() for record in caplog.records] == []
-    body = (tmp_path / f"{page}.md").read_text()
     found = dict(components.components(components.PAGES[page][1]))
     assert found
     for name, component in found.items():
@@ -83,9 +83,8 @@ def test_pages_of_commands_have_every_option(words):
     assert all(re.search(rf"`{option}[ `]", body) for option in options)
 
 
-def test_links_to_experiments_lead_to_their_place(tmp_path):
-    shipped.write_page(tmp_path / "page.md", ROOT / "experiments")
-    body = (tmp_path / "page.md").read_text()
+def test_links_to_experiments_lead_to_their_place():
+    body = shipped.page(ROOT / "experiments")
     led = [shipped.lead_there(page.read_text()) for page in PAGES.values()]
     anchors = {anchor for text in led for anchor in re.findall(r"\]\(#(experiments-[\w-]+)\)", text)}
     assert len(anchors) > 5
@@ -113,3 +112,12 @@ def test_what_a_page_fetches_from_elsewhere_is_found(page):
 def test_links_and_own_files_are_not_fetched_from_elsewhere():
     own = '<a href="https://arxiv.org/abs/2205.11487">x</a><script src="_static/a.js"></script><img src="a.png">'
     assert offline.fetched(own + "<style>a { background: url(data:image/png;base64,AA//BB) }</style>") == []
+
+
+def test_the_build_ends_where_a_page_needs_a_network(tmp_path):
+    app = SimpleNamespace(outdir=tmp_path)
+    (tmp_path / "own.html").write_text('<script src="_static/a.js"></script>')
+    offline.check(app, None)
+    (tmp_path / "style.css").write_text("@import url(https://fonts.example/css);")
+    with pytest.raises(RuntimeError, match=r"style\.css.*fonts\.example"):
+        offline.check(app, None)

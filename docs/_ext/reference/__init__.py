@@ -18,11 +18,18 @@ MODULES = re.compile(r"\]\((?:\.\./)+imagen_lightning/([\w/]+)\.py\)")
 
 
 def write_all(app: Sphinx) -> None:
+    """Write pages that changed, since Sphinx reads those anew, and delete those of what is no more."""
     folder = Path(app.srcdir) / "reference" / "generated"
-    commands.write_pages(folder / "commands")
-    components.write_pages(folder / "configuration")
-    python_api.write_page(folder / "python.md")
-    shipped.write_page(folder / "experiments.md", Path(app.srcdir).parent / "experiments")
+    pages = {folder / "python.md": python_api.page()}
+    pages[folder / "experiments.md"] = shipped.page(Path(app.srcdir).parent / "experiments")
+    pages |= {folder / "commands" / name: page for name, page in commands.pages().items()}
+    pages |= {folder / "configuration" / name: page for name, page in components.pages().items()}
+    for path in {*folder.rglob("*.md")} - {*pages}:
+        path.unlink()
+    for path, page in pages.items():
+        if not path.exists() or path.read_text() != page:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page)
 
 
 def lead_inside(app: Sphinx, name: str, source: list[str]) -> None:

@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from unittest import mock
 
 from imagen_lightning.cli import main
 
-from .markdown import code, table, text, toctree, write
+from .markdown import code, table, text, toctree
 
 
 def parser_of(words: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -71,12 +70,10 @@ def page(words: tuple[str, ...], purpose: str, parser: argparse.ArgumentParser) 
     return "\n".join(lines)
 
 
-def write_pages(folder: Path) -> None:
+def pages() -> dict[str, str]:
+    """Return Markdown by file name, below commands/."""
     found = commands()
-    rows = []
-    for words, (purpose, parser) in found.items():
-        name = "-".join(words)
-        write(folder / f"{name}.md", page(words, purpose, parser))
-        rows.append([f"[{' '.join(words)}]({name}.md)", text(purpose)])
+    made = {f"{'-'.join(words)}.md": page(words, *about) for words, about in found.items()}
+    rows = [[f"[{' '.join(words)}]({'-'.join(words)}.md)", text(purpose)] for words, (purpose, _) in found.items()]
     index = "# Commands\n\n`imagen-lightning COMMAND --help` shows the same, from the same parsers.\n\n"
-    write(folder / "index.md", index + table(["command", "does"], rows) + "\n" + toctree(map("-".join, found)))
+    return made | {"index.md": index + table(["command", "does"], rows) + "\n" + toctree(map("-".join, found))}

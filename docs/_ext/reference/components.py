@@ -8,12 +8,11 @@ import logging
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from docstring_parser import DocstringStyle, parse
 
-from .markdown import code, table, text, toctree, write
+from .markdown import code, table, text, toctree
 
 log = logging.getLogger("sphinx.reference")  # a warning there is an error of `make docs`
 
@@ -108,13 +107,15 @@ def paragraph(source: str) -> str:
     return "\n".join([text(items[0]), *(f"- {text(item)}" for item in items[1:])]) + "\n"
 
 
-def write_pages(folder: Path) -> None:
+def pages() -> dict[str, str]:
+    """Return Markdown by file name, below configuration/."""
     everything = {name: found for _, package in PAGES.values() for name, found in components(package)}
+    about = "Each class that a YAML can name and each group of settings, from the source.\n\n"
+    made = {"index.md": "# Configuration by class\n\n" + about + toctree(PAGES, 2)}
     for page, (title, package) in PAGES.items():
         about = (import_module(package).__doc__ or "").split("\n\n")[0]
         lines = [f"# {title}\n", paragraph(about), f":::{{py:currentmodule}} {package}\n:::\n"]
         lines.append(f"A YAML names each as `class_path: {package}.NAME` and sets its options under `init_args`.\n")
         sections = [section(package, name, found, everything) for name, found in components(package)]
-        write(folder / f"{page}.md", "\n".join([*lines, *sections]))
-    about = "Each class that a YAML can name and each group of settings, from the source.\n\n"
-    write(folder / "index.md", "# Configuration by class\n\n" + about + toctree(PAGES, 2))
+        made[f"{page}.md"] = "\n".join([*lines, *sections])
+    return made

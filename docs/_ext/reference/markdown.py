@@ -1,10 +1,9 @@
-"""Markdown of generated pages: escaped text, tables, and files that are written where they changed."""
+"""Markdown of generated pages: escaped text, tables, and contents."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 
 def text(source: str) -> str:
@@ -24,10 +23,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def toctree(pages: Iterable[str], depth: int = 1) -> str:
     return "\n".join([":::{toctree}", f":maxdepth: {depth}", "", *pages, ":::"]) + "\n"
-
-
-def write(path: Path, content: str) -> None:
-    """Write a page, unless it is there already: Sphinx reads what is newer than its last build."""
-    if not path.exists() or path.read_text() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)

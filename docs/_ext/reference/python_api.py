@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 
 from .components import PAGES, components
-from .markdown import write
 
 PACKAGES = ["imagen_lightning.cascade", "imagen_lightning.types", "imagen_lightning.images", "imagen_lightning.metrics"]
 
@@ -20,7 +18,7 @@ def modules() -> list[str]:
     return [*PACKAGES, *below, *(package for _, package in PAGES.values())]
 
 
-def write_page(path: Path) -> None:
+def page() -> str:
     lines = ["# Python API\n", "What scripts import. The classes that a YAML names are in"]
     lines.append("[Configuration by class](configuration/index.md); Python makes them with the same arguments.\n")
     shown = {id(found) for _, package in PAGES.values() for _, found in components(package)}
@@ -36,7 +34,7 @@ def write_page(path: Path) -> None:
             shown.add(id(found))
         if entries:
             lines += [f"## {name}\n", "```{eval-rst}", f".. py:module:: {name}\n", *entries, "```\n"]
-    write(path, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def own(module: object) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .markdown import code, write
+from .markdown import code
 
 FILES = re.compile(r"\]\((?:\.\./)+experiments/([\w./-]*)\)")
 
@@ -14,7 +14,7 @@ def anchor(name: str) -> str:
     return re.sub(r"\W", "-", f"experiments-{name.removesuffix('.yaml').strip('/')}")
 
 
-def write_page(path: Path, experiments: Path) -> None:
+def page(experiments: Path) -> str:
     lines = ["# Experiments\n", "The files that ship. `--config` finds each by its path, from any folder."]
     lines.append("The head of a file says its command, hardware, duration and result.\n")
     for folder in sorted({file.parent for file in experiments.rglob("*.yaml")}):
@@ -24,7 +24,7 @@ def write_page(path: Path, experiments: Path) -> None:
             name = file.relative_to(experiments).as_posix()
             lines += [f"({anchor(name)})=", f"### {code(file.name)}\n"]
             lines += ["```yaml", file.read_text().rstrip(), "```\n"]
-    write(path, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def lead_there(text: str) -> str:
