@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -271,7 +271,7 @@ def check_changes(resume: Resume) -> list[Change]:
     return found
 
 
-def describe(changes: list[Change]) -> str:
+def describe(changes: Sequence[Change]) -> str:
     """Return the one line on what a resumed run changes."""
     notes = [f"{item}" + (" (no effect)" if rule_of(item.key).outcome == NO_EFFECT else "") for item in changes]
     return f"resume: {', '.join(notes)}"
@@ -302,7 +302,7 @@ class ApplyChanges(pl.Callback):
         changes: of the configuration.
     """
 
-    def __init__(self, changes: list[Change]) -> None:
+    def __init__(self, changes: Sequence[Change]) -> None:
         start = f"{OPTIMIZER}.init_args."
         self.options = [change.key.removeprefix(start) for change in changes if change.key.startswith(start)]
 

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from imagen_lightning.errors import InputError
@@ -80,7 +81,8 @@ def configuration(words: Sequence[str]) -> dict[str, Any]:
         def instantiate_classes(self) -> None:
             pass
 
-    given = [word for word in prepare("fit", [*words, "--print_config"]) if word != "--print_config"]
+    prepared = prepare("fit", [*words, "--print_config"], ExitStack())  # which locks nothing
+    given = [word for word in prepared if word != "--print_config"]
     arguments, sys.argv = sys.argv, sys.argv[:1]
     try:
         made = Parsed(
