@@ -183,14 +183,14 @@ class StageCLI(LightningCLI):
             raise
 
     def after_instantiate_classes(self) -> None:
-        config = yaml.safe_load(self.dump()) if self.subcommand == "fit" else {}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        config = yaml.safe_load(self.dump()) if self.subcommand == "fit" else None
+        for callback in self.trainer.callbacks if self.subcommand else ():  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint):
                 callback.config = config
         if self.checkpoint is not None:
             path, content = Path(self.checkpoint), _read_trained(self.checkpoint)
             self.start_step = content["global_step"]
-            if self.subcommand == "fit":
+            if config is not None:
                 before = configuration_of(path, content)
                 resume = Resume(path, content, before, config, self.model, self.settings.on_change)
                 self.changes = check_changes(resume)
