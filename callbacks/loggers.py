@@ -196,7 +196,8 @@ def wandb_logger(
     identity = read_run_info(folder).get("wandb_id") or (agent[1] if agent else secrets.token_hex(4))
     if getattr(rank_zero_only, "rank", 0) == 0:
         update_run_info(folder, wandb_id=identity)
-    mode = None if os.environ.get("WANDB_MODE") else "online" if _has_wandb_key() else "offline"
+    # Given to W&B in any case: it reads the variable once a process.
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     logger = WandbLogger(
         save_dir=str(folder),
         id=identity,
@@ -209,8 +210,7 @@ def wandb_logger(
         mode=mode,
     )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes what W&B no longer knows and warns of
-    online = (os.environ.get("WANDB_MODE") or mode) == "online"
-    if online and getattr(rank_zero_only, "rank", 0) == 0 and (reason := _begin_online(logger)) is not None:
+    if mode == "online" and getattr(rank_zero_only, "rank", 0) == 0 and (reason := _begin_online(logger)) is not None:
         logger._wandb_init["mode"] = "offline"
         advice = f"`wandb sync {folder / 'wandb' / 'offline-run-*'}` uploads the run later"
         print(f"W&B cannot be used online ({reason}): logging offline; {advice}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ OF_COPYING = [getattr(evidence_copying, name) for name in ("NEAR_COPIES", "NEAR_
 
 
 class Stage:
-    low_res_size = None
+    low_res_size, image_size = None, 64
 
 
 def extractors():

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(T5TextEncoder, "dim", property(lambda encoder: T5_DIMS[encoder.name_or_path]))
 
     def parts(name):
-        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *prepare("fit", ["--config", str(name)])])
+        arguments = prepare("fit", ["--config", str(name)], ExitStack())
+        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *arguments])
         with torch.device("meta"):
             return Parts(
                 parser_class=fit.Parser,

@@ -95,6 +95,10 @@ def share_encoders(stages: list[DiffusionMixin]) -> list[DiffusionMixin]:
     return stages
 
 
+# What summaries of the first cascades lack.
+_ADDED = tuple(f"sampling.{name}" for name in ("thresholding", "spacing", "guidance_interval", "guidance_rescale"))
+
+
 def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield (key, problem) for each value of `found` that `said` lacks or has otherwise; what else it says may stay."""
     if isinstance(found, Mapping) and isinstance(said, Mapping):
@@ -102,7 +106,7 @@ def contradictions(said: Any, found: Any, key: str = "") -> Iterator[tuple[str, 
             inner = f"{key}.{name}" if key else name
             if name in said:
                 yield from contradictions(said[name], found[name], inner)
-            else:
+            elif inner not in _ADDED:
                 yield inner, f"is missing; the stage's own arguments give {short(found[name])}: add it"
     elif said != found:
         yield key, f"is {short(said)}, but the stage's own arguments give {short(found)}; correct either"

@@ -184,9 +184,6 @@ class StageCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         config = yaml.safe_load(self.dump()) if self.subcommand == "fit" else None
-        for callback in self.trainer.callbacks if self.subcommand else ():  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoint):
-                callback.config = config
         if self.checkpoint is not None:
             path, content = Path(self.checkpoint), _read_trained(self.checkpoint)
             self.start_step = content["global_step"]
@@ -208,6 +205,9 @@ class StageCLI(LightningCLI):
         if 0 < max_steps <= self.start_step and not self._ends_now(max_steps):
             tell(f"{self.checkpoint} has trainer.max_steps {max_steps} behind it; raise that to go on")
             return
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoint):
+                callback.config = yaml.safe_load(self.dump())
         if self.changes:
             tell(describe(self.changes))
             self.trainer.callbacks.append(ApplyChanges(self.changes))  # type: ignore[attr-defined]
@@ -269,7 +269,7 @@ class StageCLI(LightningCLI):
         config = yaml.safe_load(self.dump())
         stage = stage_name(self.model) if isinstance(self.model, DiffusionMixin) else None
         to_wandb = wandb_logger(run, project, config, group=self.settings.wandb_group, job_type=stage)
-        if (os.environ.get("WANDB_MODE") or to_wandb._wandb_init["mode"]) == "offline":
+        if to_wandb._wandb_init["mode"] == "offline":
             os.environ.setdefault("WANDB_SILENT", "true")
             tell(f"logging to W&B offline run {to_wandb._id} in {Path(run) / 'wandb'}")
         return [RunCSVLogger(run), to_wandb]

@@ -189,24 +189,24 @@ def test_a_base_that_hears_its_text_and_one_that_learned_from_shuffled_captions(
 class Faithful:
     """Draws each low-resolution input enlarged, a little brighter."""
 
-    def __init__(self, stage, brighter):
-        self.stage, self.brighter = stage, brighter
+    def __init__(self, brighter):
+        self.brighter = brighter
 
     def __call__(self, denoise, x, times, **_):
-        return self.stage.given + self.brighter / 127.5
+        return self.given + self.brighter / 127.5
 
 
 @pytest.mark.parametrize(("brighter", "drifts"), [(1, False), (12, True)])
 def test_a_super_resolution_stage_whose_colours_drift(fit, make_sr, make_data, tmp_path, brighter, drifts):
     stage = make_sr()
-    prepare = stage.prepare_low_res
+    prepare, sampler = stage.prepare_low_res, Faithful(brighter)
 
     def remember(low_res, *rest):
-        stage.given = stage.enlarge(low_res)
+        sampler.given = stage.enlarge(low_res)
         return prepare(low_res, *rest)
 
     stage.prepare_low_res = remember
-    stage.sampling.sampler = Faithful(stage, brighter)
+    stage.sampling.sampler = sampler
     fit([Probes(num_samples=16)], steps=1, stage=stage, datamodule=make_data(num_val=16))
     words = said(json.loads((tmp_path / "verdict.json").read_text())["verdict"])
     assert ("colour drifts" in words) == drifts

@@ -403,7 +403,7 @@ def test_bad_files_and_folders(cli, capsys):
     for name, words in (
         ("none.yaml", "configuration 'none.yaml' does not exist"),
         ("broken.yaml", "'broken.yaml' is not valid YAML"),
-        ("latin.yaml", "'latin.yaml' is not valid YAML"),
+        ("latin.yaml", "'latin.yaml' is not UTF-8"),
         ("text.yaml", "'text.yaml' holds no keys"),
     ):
         for verb in ("fit", "validate"):

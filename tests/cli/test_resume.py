@@ -259,8 +259,11 @@ def test_any_end_leaves_the_run_resumable(run, cli, monkeypatch):
     for error in (RuntimeError, KeyError, KeyboardInterrupt, MemoryError):
         with monkeypatch.context() as patch:
             patch.setattr(NoiseLevelLoss, "on_train_start", raising(error))
-            with pytest.raises((error, SystemExit)):
-                cli(*options)
+            try:
+                code = cli(*options)
+            except (error, SystemExit):
+                code = 1
+        assert code != 0
         assert {path: text for path, text in contents(run).items() if path.name != "metrics.csv"} == {
             path: text for path, text in before.items() if path.name != "metrics.csv"
         }
@@ -361,12 +364,12 @@ def test_a_run_folder_belongs_to_one_process(cli, capsys):
         while not Path("run/.lock.holder").exists() and holder.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         try:
-            for options in (["--config", "stage.yaml"], ["--config", "stage.yaml", "--resume"]):
-                capsys.readouterr()
-                assert cli("fit", "--run", "run", *options) == 2
-                line = capsys.readouterr().err
-                assert f"run folder run is in use by process {holder.pid} on " in line
-                assert "wait for its end, or choose another --run" in line
+            assert cli("fit", "--run", "run", "--config", "stage.yaml") == 2
+            capsys.readouterr()
+            assert cli("fit", "--run", "run", "--config", "stage.yaml", "--resume") == 2
+            line = capsys.readouterr().err
+            assert f"run folder run is in use by process {holder.pid} on " in line
+            assert "wait for its end, or choose another --run" in line
         finally:
             holder.kill()
     assert cli("fit", "--config", "stage.yaml", "--run", "run", "--resume", "--trainer.max_steps", 1) == 0  # at once

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,8 +207,8 @@ def test_bad_folders_are_one_line(folder, tmp_path, capsys):
     assert "is no cascade folder" in refusal(capsys, "sample", tmp_path, "--prompt", "x", "--out", tmp_path / "out")
     assert "is an address" in refusal(capsys, "sample", "http://x.org/c", "--prompt", "x", "--out", tmp_path / "out")
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert "cannot be written" in refusal(capsys, "sample", folder, "--prompt", "x", "--out", out)
+    for out, words in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "out", "cannot be written")):
+        assert words in refusal(capsys, "sample", folder, "--prompt", "x", "--out", out)
 
 
 @pytest.mark.parametrize("metrics", [3, ["FID"]])
@@ -217,7 +218,7 @@ def test_metrics_that_are_none_are_one_line(folder, tmp_path, capsys, metrics):
     manifest = json.loads((broken / "cascade.json").read_text())
     (broken / "cascade.json").write_text(json.dumps({**manifest, "metrics": metrics}))
     line = refusal(capsys, "sample", broken, "--prompt", "x", "--out", tmp_path / "out")
-    assert "cascade.json is damaged: its metrics are no list of objects" in line
+    assert "cascade.json is damaged: its metrics are not a list of objects" in line
 
 
 def test_without_out_samples_go_to_the_next_free_folder(folder, tmp_path, capsys, monkeypatch):
@@ -233,8 +234,8 @@ def test_two_at_once_share_no_folder(tmp_path, monkeypatch):
     with _own_folder(None) as first, _own_folder(None) as second:
         assert [str(first), str(second)] == ["samples/0001", "samples/0002"]
         with pytest.raises(InputError, match=r"'samples/0001' is in use by process .*; give another folder"):
-            _own_folder("samples/0001").__enter__()
-    with pytest.raises(ZeroDivisionError), _own_folder("deep/out"):
+            _own_folder(Path("samples/0001")).__enter__()
+    with pytest.raises(ZeroDivisionError), _own_folder(Path("deep/out")):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []  # where nothing was written
     with _own_folder(None) as first:

@@ -496,7 +496,7 @@ def test_workers_without_measure_are_refused(tmp_path, capsys, command, workers)
     folder = str(write_folder(tmp_path / "set", {"a.png": b""}))
     where = {"write": [folder, f"{folder}-out"], "doctor": [shard, "--out", f"{folder}.html"]}.get(command, [shard])
     assert main(["shards", command, *where, "--workers", workers]) == 2
-    assert f"{workers} workers are out of range; give a number from 0 to 1024" in capsys.readouterr().err
+    assert f"--workers: '{workers}' is outside [0, 1024]" in capsys.readouterr().err
 
 
 def test_shards_of_other_members_alone_say_what_they_hold(tmp_path):

@@ -43,3 +43,22 @@ FIXTURES = {
         "time_embedding_dim": 32,
     },
 }
+
+COSINE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "beta_start": 1e-4, "beta_end": 0.02}
+IF_SCHEDULER = {
+    **COSINE,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "prediction_type": "epsilon",
+    "variance_type": "learned_range",
+}
+# The fields that the published files have: not timestep_spacing, which DDPM's and DPM-Solver++'s schedulers read apart.
+PUBLISHED = {
+    "_diffusers_version": "0.16.0.dev0",
+    **IF_SCHEDULER,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "trained_betas": None,
+    "lambda_min_clipped": -5.1,
+}

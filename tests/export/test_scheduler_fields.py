@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-from conftest import PUBLISHED
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from if_shapes import PUBLISHED
 
 from imagen_lightning.components import describe
 from imagen_lightning.export.diffusers_scheduler import (

@@ -212,7 +212,7 @@ def test_the_verb_draws_what_dreambooth_trains_on(saved, tmp_path, capsys):
     [
         ([], "there are no captions of the class"),
         (["--prompt", " "], "--prompt number 1 is empty"),
-        (["--prompt", "a", "--num", "0"], "number of class images 0"),
+        (["--prompt", "a", "--num", "0"], "--num: '0' is outside"),
         (["--prompts", "nothing.txt"], "cannot be read"),
     ],
 )

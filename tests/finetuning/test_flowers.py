@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before lightning)
@@ -40,8 +41,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def parts(name, *given):
-        given = fit.prepare("fit", ["--config", str(DOMAIN / name), *given])
-        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *given])
+        given = fit.prepare("fit", ["--config", str(DOMAIN / name), *given], ExitStack())
+        monkeypatch.setattr(sys, "argv", ["imagen-lightning", "fit", *given], ExitStack())
         return Parts(
             parser_class=fit.Parser,
             save_config_callback=None,

@@ -25,6 +25,7 @@ def trained(stage):
 def configured(stage, max_steps=10):
     stage.trainer = SimpleNamespace(max_steps=max_steps)
     made = stage.configure_optimizers()
+    stage.trainer = None
     return made["optimizer"], made["lr_scheduler"]["scheduler"]
 
 

@@ -164,7 +164,7 @@ def test_everything_below_a_folder_is_found_and_named(make, tmp_path):
     sources = read_sources([tmp_path / "q", tmp_path / "other", tmp_path / "q/base/metrics.csv"])
     assert [run.name for run in sources.runs] == ["q/base", "q/sr", "other/deep/run"]
     assert [found.name for found in sources.evaluations] == ["q/matrix"]
-    assert sources.problems.lines == []
+    assert sources.problems.lines == [f"{tmp_path / 'q/base/metrics.csv'}: is a file; give the folder that holds it"]
     assert read_sources([tmp_path / "q"]).title == "q"
     alone = read_sources([tmp_path / "q/base"])
     assert (alone.title, alone.runs[0].name) == ("base", "base")

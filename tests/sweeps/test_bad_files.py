@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from imagen_lightning.catalog import higher_is_better
 from imagen_lightning.cli import sweep_check
 from imagen_lightning.cli.main import main
 from imagen_lightning.cli.sweep import MAX_TRIALS
@@ -241,7 +242,8 @@ def in_process(tmp_path, monkeypatch):
     def check(command, metric):
         file = tmp_path / "sweep.yaml"
         parameters = {"seed": {"value": 1}}
-        file.write_text(sweep_text(command=command, metric={"name": metric}, parameters=parameters))
+        goal = {"goal": "maximize"} if higher_is_better(metric) else {}
+        file.write_text(sweep_text(command=command, metric={"name": metric, **goal}, parameters=parameters))
         return sweep_check.check(read_sweep(file))
 
     return check

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import ExitStack
 
 import pytest
 import yaml
@@ -127,10 +128,11 @@ def test_an_agent_s_run_has_its_folder_and_its_identity(stage, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    words = prepare("fit", ["--config", str(stage), "--seed=3"])
+    stack = ExitStack()
+    words = prepare("fit", ["--config", str(stage), "--seed=3"], stack)
     assert words[-2:] == ["--run", "runs/tiny/sw33p/abc123"]
     assert "--seed_everything=3" in words
-    assert prepare("fit", ["--config", str(stage), "--run", "runs/mine"])[-1] == "runs/mine"
+    assert prepare("fit", ["--config", str(stage), "--run", "runs/mine"], stack)[-1] == "runs/mine"
     assert agent_folder(tmp_path) == tmp_path / "sw33p" / "abc123"
     wandb_logger(tmp_path / "run", "project", {})
     assert read_run_info(tmp_path / "run")["wandb_id"] == "abc123"

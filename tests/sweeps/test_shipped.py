@@ -138,7 +138,8 @@ def test_what_is_misspelt_is_refused_before_the_first_trial(tmp_path, parameters
 
 def test_what_evaluate_does_not_take_is_refused(tmp_path, capsys):
     command = ["imagen-lightning", "evaluate", "c", "--data=shapes", "${args}"]
-    content = {"method": "grid", "metric": {"name": "caption accuracy"}, "command": command}
+    content = {"method": "grid", "command": command}
+    content["metric"] = {"name": "caption accuracy", "goal": "maximize"}
     for name, words in (("guidnce", "guidnce"), ("steps", "'many'")):
         path = tmp_path / "misspelt.yaml"
         path.write_text(yaml.safe_dump(content | {"parameters": {name: {"values": ["many"]}}}))

@@ -29,16 +29,17 @@ STAGE = {
     },
     "data": {"class_path": CLASS},
 }
-# Texts that YAML would read as something else, or break.
+# Texts that YAML would read as something else, or break. Not U+0085: at keys of any type, where jsonargparse reads a
+# text as YAML once more, it becomes a space.
 TEXTS = st.one_of(
     st.sampled_from(
         [
             *("yes", "no", "null", "None", "~", "true", "12", "1e-5", "0x1f", "1_000", "2020-01-01", "1:30", ".inf"),
             *("[1]", "{a: 1}", "a: b", "- a", "#c", "it's", 'say "so"', "a\nb", "\ttab", " blank ", "", "*a", "&a"),
-            *("!t", "%d", "\u2028", "\x85", "\x7f", "\ufeff", "\U0001f600", "$HOME", "${args}", "\\n", "--x", "a=b"),
+            *("!t", "%d", "\u2028", "\x7f", "\ufeff", "\U0001f600", "$HOME", "${args}", "\\n", "--x", "a=b"),
         ]
     ),
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\x85"), max_size=8),
 )
 NUMBERS = st.one_of(
     st.sampled_from([0, -1, 2**60, 1e-5, 1e16, 1e300, -0.0, 5e-324, 0.1]),

@@ -34,7 +34,7 @@ def t5_tokenizer() -> Path:
     folder, model = Path(tempfile.mkdtemp(prefix="t5-tokenizer-")), io.BytesIO()
     shapes, colours = ("star", "circle", "cross", "ring"), ("red", "blue", "green", "white")
     captions = [f"a small {a} {b} above a large {c} {d}" for a, b, c, d in itertools.product(colours, shapes, repeat=2)]
-    text = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines()
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8").splitlines()
     SentencePieceTrainer.train(
         sentence_iterator=iter([line for line in text if line.strip()] + captions),
         model_writer=model,
