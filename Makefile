@@ -23,8 +23,9 @@ install: $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/imagen-lightning quickstart
 
+# One process a core, one thread a process.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not faults"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

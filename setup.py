@@ -27,6 +27,7 @@ dev = [
     "pytest>=8",
     "pytest-cov>=5",
     "hypothesis>=6.100",
+    "pytest-xdist>=3.6",
     "build>=1.2",
     "setuptools>=77",
     "wheel>=0.43",
