@@ -11,13 +11,13 @@ datamodule, callbacks and the command line do so. Nothing is done where the buil
 
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-_libraries: list[torch.library.Library] = []  # kept alive: the schemas go with the object
+_libraries: list[object] = []  # kept alive: the schemas go with the object
 
 
 def mend() -> None:
     """Declare torchvision's missing operators where torch is a CPU build and torchvision is not."""
+    import torch  # here, since it calls this function while it is imported
+
     try:
         torchvision_version = version("torchvision")
     except PackageNotFoundError:

@@ -156,3 +156,16 @@ def test_what_the_package_imports_is_required(built):
         assert {normal(owner) for owner in providers.get(name, [name])} & required, (
             f"{imported[name]} imports {name}, which requirements.txt lacks"
         )
+
+
+@pytest.mark.parametrize("first", ["lightning", "imagen_lightning.torchvision_mend"])
+def test_the_order_of_imports_is_irrelevant(first, tmp_path):
+    """In a process that knows the package as installed: its entry points are those that setup.py declares."""
+    metadata = tmp_path / "imagen_lightning-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: imagen-lightning\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[torch.backends]\n{TORCHS_HOOK}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    script = f"import {first}, imagen_lightning.torchvision_mend, lightning, torchvision"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
