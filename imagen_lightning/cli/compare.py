@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         ) as server:
             print(f"Vote at {server.url} (arrow keys); Ctrl-C ends and prints the result", flush=True)
             try:
-                _draw(arguments, cascades, prompts.captions)
+                server.serve_forever()
             except KeyboardInterrupt:
                 print(file=sys.stderr)
         _tell(arguments, ballot, prompts.rows())
