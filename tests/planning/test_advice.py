@@ -37,6 +37,7 @@ def test_recomputation_comes_where_one_image_is_too_much(train):
     assert fits(found.plan.peak, module.ROOM * (peak - 100_000))
 
 
+@pytest.mark.slow
 def test_all_levers_together_and_then_none(train):
     training = train("efficient", batch_size=4)
     plan = make_plan(training)

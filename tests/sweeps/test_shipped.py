@@ -175,7 +175,11 @@ def test_measured_samples_leave_the_stages_own_callbacks():
     assert not callbacks[-1]["init_args"]["prompts"]
 
 
-@pytest.mark.parametrize("path", TRAININGS, ids=identity)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "stage_base" else pytest.mark.slow) for path in TRAININGS],
+    ids=identity,
+)
 def test_the_first_trial_trains_and_logs_its_metric(path, tmp_path):
     sweep = read_sweep(path)
     verb, rest = own_command(expand(sweep, arguments_of(sweep, next(iter(examples(sweep))))))
