@@ -16,6 +16,11 @@ def lines(text: str) -> list[str]:
     return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
 
 
+def is_step(cell: str) -> bool:
+    """Return whether a table's cell is a number of steps: decimal, of at most 18 digits."""
+    return cell.isdecimal() and len(cell) <= 18
+
+
 def cell_reader(lines: Iterable[str], tabs: bool) -> Any:
     """Return a `csv.reader` of a CSV, whose quotation marks must close, or of a TSV: published ones quote nothing."""
     return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from imagen_lightning.catalog import is_of_weights
+from imagen_lightning.io.lines import is_step
 from imagen_lightning.io.lines import lines as read_lines
 from imagen_lightning.io.yaml import read_yaml
 from imagen_lightning.metrics.protocol import Value
@@ -205,7 +206,7 @@ def _curves(text: str, path: Path, problems: Problems) -> dict[str, Curve]:
     place, bad = header.index("step"), 0
     rows: dict[int, list[str]] = {}
     for cells in lines:
-        if len(cells) == len(header) and cells[place].isdecimal():
+        if len(cells) == len(header) and is_step(cells[place]):
             rows[int(cells[place])] = cells
         else:
             bad += 1

@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from imagen_lightning.io.lines import is_step
+
 METRICS, EVALUATION = "metrics.csv", "evaluation.json"
 
 
@@ -26,7 +28,7 @@ def history(folder: Path, metric: str) -> list[tuple[int, float]]:
         with (folder / METRICS).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 cell, step = row.get(metric), row.get("step")
-                if cell and step and step.isdecimal() and (value := _number(cell)) is not None:
+                if cell and step and is_step(step) and (value := _number(cell)) is not None:
                     found[int(step)] = value
     except (FileNotFoundError, csv.Error, UnicodeDecodeError):
         return []

@@ -56,7 +56,8 @@ def test_the_page_and_the_summary(shards, capsys, visit):
     [
         (("nowhere-*.tar",), "match no file"),
         (("train-*.tar", "--stage", "nowhere.yaml"), "nowhere.yaml"),
-        (("train-*.tar", "--stage", "notes.yaml"), "no stage's YAML"),
+        (("train-*.tar", "--stage", "notes.yaml"), "not a stage's YAML"),
+        (("train-*.tar", "--stage", "9" * 5000), "too long"),
         (("train-*.tar", "--out", "notes.yaml"), "notes.yaml"),
     ],
 )

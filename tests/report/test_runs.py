@@ -37,9 +37,11 @@ def test_a_whole_run(make, tmp_path):
 
 
 def test_rows_and_cells_that_are_no_numbers_are_counted(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n0,0.5,\n9,nan,0.25\nx,1,1\n19,bad,0.125\n29,0.1\n")
+    (tmp_path / "metrics.csv").write_text(
+        "step,train/loss,val/loss\n0,0.5,\n9,nan,0.25\nx,1,1\n19,bad,0.125\n29,0.1\n" + "9" * 5000 + ",1,1\n"
+    )
     run, problems = read(tmp_path)
-    assert problems == ["RUN/metrics.csv: rows or cells that are no numbers are left out: 3"]
+    assert problems == ["RUN/metrics.csv: rows or cells that are no numbers are left out: 4"]
     np.testing.assert_array_equal(run.curves["train/loss"].values, [0.5, np.nan])
     assert list(run.curves["val/loss"].steps) == [9, 19]
 

@@ -73,23 +73,27 @@ def _stage(text: str) -> Stage:
     """A stage of a size, or of an experiment's YAML with its text encoder's tokenizer."""
     from imagen_lightning.data.doctor import Stage
 
-    if re.fullmatch(r"[1-9]\d*", text):
+    if re.fullmatch(r"[1-9][0-9]{0,5}", text):
         return Stage(f"{text} px", int(text))
     config = read_config(find_config(text))
     try:
         arguments = config["model"]["init_args"]
         size = int(arguments["image_size"])
-    except (TypeError, KeyError, ValueError):
-        raise InputError(f"--stage {text!r} is no stage's YAML: it has no model.init_args.image_size") from None
-    encoder = (arguments.get("text") or {}).get("encoder")
+        encoder = (arguments.get("text") or {}).get("encoder")
+        settings = dict(encoder["init_args"] or {}) if encoder and "init_args" in encoder else {}
+        encoder = encoder and {"class_path": encoder["class_path"]}
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
+        raise InputError(
+            f"--stage {text!r} is not a stage's YAML: it needs model.init_args.image_size, and where it has a text "
+            "encoder that one's class_path"
+        ) from None
     if not encoder:
         return Stage(Path(text).stem, size)
     from imagen_lightning.components import build
 
-    settings = dict(encoder.get("init_args") or {})
-    limit = build({"class_path": encoder["class_path"], "init_args": settings}).max_tokens
+    limit = build({**encoder, "init_args": settings}).max_tokens
     longer = {"max_tokens": _WITHOUT_LIMIT} | ({"padding": "masked"} if "padding" in settings else {})
-    whole = build({"class_path": encoder["class_path"], "init_args": settings | longer})
+    whole = build({**encoder, "init_args": settings | longer})
     return Stage(Path(text).stem, size, whole.num_tokens, limit)
 
 
