@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -9,6 +10,10 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import imagen_lightning.torchvision_mend  # noqa: F401  (before anything imports lightning)
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True, scope="session")

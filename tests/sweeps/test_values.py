@@ -102,7 +102,7 @@ def is_exact(value):
             return value.strip() == "" or isinstance(yaml_load(value), str | datetime.date)
         except (yaml.YAMLError, ValueError):
             return True
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    children = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return all(map(is_exact, children))
 
 
@@ -120,12 +120,12 @@ def test_a_whole_mapping(arrived, tmp_path, value, text, number):
     assert found["text"] == text
     assert found["maybe"] is None
     assert repr(found["value"]) == repr(number)
-    stage = tmp_path / "stage.yaml"
-    stage.write_text(
-        yaml.safe_dump({"data": {"init_args": given_}}, allow_unicode=True, sort_keys=False), encoding="utf-8"
-    )
-    assert repr(found) == repr(arrived([f"--config={stage}"]))  # as a stage's YAML says it
     if is_exact(value):
+        stage = tmp_path / "stage.yaml"
+        stage.write_text(
+            yaml.safe_dump({"data": {"init_args": given_}}, allow_unicode=True, sort_keys=False), encoding="utf-8"
+        )
+        assert repr(found) == repr(arrived([f"--config={stage}"]))  # as a stage's YAML says it
         assert repr(found["mapping"]) == repr({"key": value})
         assert repr(found["entries"]) == repr([value, number])
 
