@@ -147,7 +147,7 @@ class Examination:
         return lines
 
     def advice(self) -> list[str]:
-        """What to mend, the most urgent first; empty where all is well."""
+        """Return what to fix, the most urgent first; empty where all is well."""
         contents, lines = self.contents, []
         total = len(contents) + len(contents.skips)
         if self.leaks:

@@ -31,7 +31,7 @@ def doctor_page(found: Examination, picture: Picture) -> Page:
     contents = found.contents
     samples, shards = counted(len(contents), "usable sample"), counted(len(contents.shards), "shard")
     page = Page("Shards", f"{samples} in {shards}")
-    advice = page.section("What to mend", "advice")
+    advice = page.section("What to fix", "advice")
     words = found.advice()
     advice.add(bullets(words) if words else notice(_nothing(found), "verdict"))
     _sheet(page.section("Samples", "samples"), contents, picture)
@@ -230,5 +230,5 @@ def summary(found: Examination) -> str:
     if found.held_out is not None:
         lines.append(f"{len(found.leaks)} of {counted(len(found.held_out), 'held-out image')} leak into the shards")
     words = found.advice()
-    lines += ["", "What to mend:", *(f"- {line}" for line in words)] if words else ["", _nothing(found)]
+    lines += ["", "What to fix:", *(f"- {line}" for line in words)] if words else ["", _nothing(found)]
     return "\n".join(lines)

@@ -44,6 +44,12 @@ def stamp(folder: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
+def last_written(folder: Path) -> float:
+    """Return when a trial last wrote its metrics or evaluation, in seconds of the epoch; 0 where it wrote nothing."""
+    paths = (folder / METRICS, folder / EVALUATION)
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+
 def known_metrics(folder: Path) -> list[str]:
     """The names that a folder holds, for a message about one that it does not."""
     if (folder / EVALUATION).is_file():

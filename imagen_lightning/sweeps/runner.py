@@ -135,7 +135,9 @@ class Runner:
             process.end_orphan(self.folder.process(trial.number), self.patience)
             own = Trial(self.study, trial._trial_id)
             if (started := trial.user_attrs.get(STARTED)) is not None:
-                self._add_seconds(own, process.last_seen(self.folder.process(trial.number)) - started)
+                seen = process.last_seen(self.folder.process(trial.number))
+                wrote = metric.last_written(self.folder.trial(trial.number))  # after the sweep's last look at it
+                self._add_seconds(own, max(seen, wrote) - started)
             if trial.user_attrs.get(STOPPED):
                 self._end(own, TrialState.PRUNED, "stopped early")
             else:
